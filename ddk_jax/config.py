@@ -1,0 +1,408 @@
+"""The configuration of a run: frozen data, read from YAML, overridden from the command line.
+
+A YAML file names what differs from the defaults below; an unknown or ill-typed key is one readable
+error with a suggestion. `digest` identifies the resolved config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import importlib.resources
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ddk_jax.errors import UserError
+from ddk_jax.models.spec import ModelSpec
+
+ASSETS = "assets:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where the run lives and what makes it reproducible."""
+
+    dir: str = "runs/default"
+    """Run directory: resolved config, metrics, log, checkpoints, summary."""
+    seed: int = 0
+    """Seed of the student's initialisation and of the data order."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the activations; `auto` is bfloat16 on TPU and GPU, float32 on CPU."""
+    log_every_steps: int = 10
+    """Steps between two plain progress lines; metrics.jsonl has every step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """One origin of documents: a JSONL file (also .gz, .xz) or a text file, or a folder or glob of them."""
+
+    path: str
+    """File, folder or glob. `assets:NAME` is a file shipped in the package."""
+    text: str = "text"
+    """JSONL column that holds the text of a document; unused when `prompt` is given."""
+    prompt: str = ""
+    """JSONL column of the prompt. Together with `response` it replaces `text`."""
+    response: str = ""
+    """JSONL column of the response to the prompt."""
+    licence: str = ""
+    """Licence of the text, copied to the manifest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainConfig:
+    """A named part of the corpus; the mixture has one weight for each."""
+
+    name: str
+    """Name in tables, figures and metrics; a plain file name, since shards are stored under it."""
+    sources: tuple[SourceConfig, ...]
+    """Where the documents come from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The corpus: what `ddk prepare` reads and where it writes."""
+
+    dir: str = "data/default"
+    """Directory of the prepared token shards and their manifest."""
+    tokenizer: str = ""
+    """Directory with a `tokenizer.json`, or that file. Must be the teacher's."""
+    seq_len: int = 1024
+    """Tokens that a row predicts (a row holds one more)."""
+    domains: tuple[DomainConfig, ...] = ()
+    """The domains, in the order in which weights and metrics list them."""
+    validation_fraction: float = 0.05
+    """Share of the documents (by hash of their text) that is held out for evaluation."""
+    max_rejected_fraction: float = 0.01
+    """`prepare` refuses when a larger share of the documents of a domain was quarantined."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The frozen model that is distilled."""
+
+    path: str = ""
+    """Hugging Face model directory. Empty: no teacher, for training on labels alone."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type that the weights are held in; `auto` is the compute type."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """The model that is trained: from a directory, or from random initialisation."""
+
+    path: str = ""
+    """Hugging Face model directory to start from. Empty: random values in the shape of `spec`."""
+    spec: ModelSpec = field(default_factory=ModelSpec)
+    """Shape of a randomly initialised student; unused when `path` is given."""
+    remat: Literal["none", "full", "dots"] = "none"
+    """What the backward pass recomputes: nothing, every layer, or all but its matrix products."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TermConfig:
+    """One term of the objective."""
+
+    loss: str
+    """Name of the divergence: `cross_entropy`, `forward_kl`."""
+    weight: float = 1.0
+    """Factor of the term's mean nats per token."""
+    temperature: float = 1.0
+    """Softmax temperature of teacher and student; unused by `cross_entropy`."""
+    temperature_squared: bool = False
+    """Multiply the term by the squared temperature (Hinton et al. 2015)."""
+    roles: Literal["all", "prompt", "response"] = "all"
+    """Tokens that the term is averaged over; plain text has the role `prompt`."""
+
+
+def _paper_terms() -> tuple[TermConfig, ...]:
+    return (
+        TermConfig(loss="cross_entropy"),
+        TermConfig(loss="forward_kl", weight=0.2),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What the step minimises: a weighted sum of terms. The default is DDK's equation 3."""
+
+    terms: tuple[TermConfig, ...] = field(default_factory=_paper_terms)
+    """The terms; each loss is named once."""
+    chunk_tokens: int = 1024
+    """Tokens whose logits exist at one time; bounds the memory of the loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixtureConfig:
+    """How the data mixture follows the measured gap to the teacher."""
+
+    controller: str = "ddk"
+    """`ddk` (equations 1 and 2), `ddk_without_smoothing` (equation 1 afresh), or `static`."""
+    gap: str = "ppl_ratio"
+    """`ppl_ratio` (the paper), `loss_difference` or `loss_ratio`."""
+    alpha: float = 0.5
+    """Share of the measured weights in equation 2; the rest is uniform."""
+    prior: Literal["uniform", "natural"] = "uniform"
+    """Weights of `static`, and of the warm-up: equal, or by the domains' training tokens."""
+    interval_steps: int = 1000
+    """Steps between two measurements (K in the paper)."""
+    warmup_intervals: int = 0
+    """Intervals with the prior before equation 1 is applied."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay. The defaults are the paper's."""
+
+    learning_rate: float = 3e-5
+    """Peak learning rate."""
+    final_learning_rate: float = 3e-6
+    """Learning rate at the last step."""
+    warmup_steps: int = 1000
+    """Steps of linear warm-up from 0."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; vectors (norms, biases) have none."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The length of the run and the size of its steps."""
+
+    steps: int = 30_000
+    """Optimiser steps; also the length of the learning-rate schedule."""
+    rows_per_step: int = 64
+    """Rows of one optimiser step, over all devices."""
+    micro_rows: int = 0
+    """Rows of one forward and backward pass; the step accumulates over them. 0: all at once."""
+    max_tokens: int = 0
+    """Stop after this many predicted tokens. 0: no such limit."""
+    max_intervals: int = 0
+    """Stop after this many mixture intervals. 0: no such limit."""
+    stop_discrepancy: float = 0.0
+    """Stop when the mean over the domains of student minus teacher nats falls under this. 0: never."""
+    max_skipped_in_a_row: int = 5
+    """A non-finite update is never applied; after this many in a row the run stops (exit code 70)."""
+    prefetch_steps: int = 2
+    """Batches built ahead of the step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """The periodic measurement of both models on every domain."""
+
+    rows_per_domain: int = 500
+    """Validation rows of each domain (the paper's 500 samples). 0: all of them."""
+    batch_rows: int = 16
+    """Rows of one evaluation batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state is saved."""
+
+    every_steps: int = 1000
+    """Steps between two checkpoints; the last step is always saved. 0: only the last one."""
+    keep: int = 2
+    """Checkpoints kept; at least 2, so that a corrupt one has a predecessor."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How the devices are arranged. -1 takes what the other axes leave."""
+
+    data: int = -1
+    """Replicas that share the batch."""
+    fsdp: int = 1
+    """Devices that share the batch and the parameters."""
+    tensor: int = 1
+    """Devices that share heads, MLP and vocabulary."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    mixture: MixtureConfig = field(default_factory=MixtureConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def digest(self) -> str:
+        """First 16 hex digits of the sha256 of the config as canonical JSON."""
+        text = json.dumps(to_plain(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _check(config: Config) -> None:
+    """Relations between fields; each message says which field to change."""
+    problems: list[str] = []
+
+    def need(holds: bool, message: str) -> None:
+        if not holds:
+            problems.append(message)
+
+    train, optim, mixture = config.train, config.optim, config.mixture
+    need(config.data.seq_len >= 1, f"data.seq_len = {config.data.seq_len}: needs at least 1 token")
+    need(
+        0 < config.data.validation_fraction < 1,
+        f"data.validation_fraction = {config.data.validation_fraction}: needs a share in (0, 1)",
+    )
+    names = [domain.name for domain in config.data.domains]
+    need(len(set(names)) == len(names), f"data.domains: a name appears twice in {names}")
+    need(train.steps >= 1, f"train.steps = {train.steps}: needs at least 1 step")
+    need(train.rows_per_step >= 1, f"train.rows_per_step = {train.rows_per_step}: needs at least 1")
+    need(
+        train.micro_rows == 0 or (train.micro_rows > 0 and train.rows_per_step % train.micro_rows == 0),
+        f"train.micro_rows = {train.micro_rows} must divide train.rows_per_step = "
+        f"{train.rows_per_step}, so that every forward pass has the same shape",
+    )
+    need(mixture.interval_steps >= 1, f"mixture.interval_steps = {mixture.interval_steps}: needs 1")
+    need(0 <= mixture.alpha <= 1, f"mixture.alpha = {mixture.alpha}: needs a share in [0, 1]")
+    need(optim.learning_rate > 0, f"optim.learning_rate = {optim.learning_rate}: must be positive")
+    need(
+        optim.warmup_steps <= train.steps,
+        f"optim.warmup_steps = {optim.warmup_steps} is longer than the run (train.steps = "
+        f"{train.steps})",
+    )
+    need(config.checkpoint.keep >= 2, "checkpoint.keep: at least 2, so that a corrupt one can be replaced")
+    losses = [term.loss for term in config.objective.terms]
+    need(bool(losses), "objective.terms: needs at least one term")
+    need(len(set(losses)) == len(losses), f"objective.terms: a loss is named twice in {losses}")
+    for term in config.objective.terms:
+        need(term.temperature > 0, f"objective term {term.loss}: temperature must be positive")
+    need(config.objective.chunk_tokens >= 1, "objective.chunk_tokens: needs at least 1")
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def resolve_path(path: str) -> Path:
+    """`assets:NAME` as the path of a file shipped in the package; any other path as it is."""
+    if not path.startswith(ASSETS):
+        return Path(path).expanduser()
+    root = Path(str(importlib.resources.files("ddk_jax"))) / "assets"
+    resolved = (root / path.removeprefix(ASSETS)).resolve()
+    if not resolved.is_relative_to(root.resolve()):
+        raise UserError(f"{path}: leaves the package's assets")
+    return resolved
+
+
+def load_config(path: str | Path) -> Config:
+    """Read a YAML file. Raises UserError with file, key and a suggestion."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    try:
+        return from_plain(Config, {} if tree is None else tree)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the whole resolved config as YAML that `load_config` reads back."""
+    path.write_text(yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True))
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses and tuples as dicts and lists, ready for YAML and JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, tuple):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def from_plain(kind: Any, value: Any, where: str = "") -> Any:
+    """Build `kind` from plain data, strictly: no unknown keys, no silent conversions.
+
+    Args:
+      kind: a dataclass, `tuple[X, ...]`, `Literal[...]`, or one of str, bool, int, float.
+      value: what YAML gave.
+      where: dotted key of `value`, for messages.
+    """
+    if dataclasses.is_dataclass(kind):
+        return _dataclass_from_plain(kind, value, where)
+    origin = typing.get_origin(kind)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{where}: needs a list, got {value!r}")
+        item = typing.get_args(kind)[0]
+        return tuple(from_plain(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is Literal:
+        choices = typing.get_args(kind)
+        if value not in choices:
+            raise UserError(f"{where} = {value!r}: {suggest(str(value), choices)}")
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is float and isinstance(value, str):  # YAML 1.1 reads 3e-5 as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"{where}: needs {kind.__name__}, got {value!r}")
+    return value
+
+
+def _dataclass_from_plain(kind: Any, value: Any, where: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where or 'the file'}: needs keys and values, got {value!r}")
+    hints = typing.get_type_hints(kind)
+    prefix = f"{where}." if where else ""
+    for key in value:
+        if key not in hints:
+            raise UserError(f"unknown key {prefix}{key}: {suggest(str(key), list(hints))}")
+    missing = [
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+        and f.name not in value
+    ]
+    if missing:
+        raise UserError(f"{where or 'the file'}: missing key {', '.join(missing)}")
+    fields = {key: from_plain(hints[key], item, f"{prefix}{key}") for key, item in value.items()}
+    try:
+        return kind(**fields)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def suggest(name: str, known: Sequence[Any]) -> str:
+    """`did you mean X?`, or the list of what is known."""
+    close = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.5)
+    if close:
+        return f"did you mean {close[0]}?"
+    return f"choose one of {', '.join(str(k) for k in known)}"

@@ -1,0 +1,164 @@
+"""Rows of tokens out of a flat stream: what a model sees, by number, in any order.
+
+Row i of a domain with T tokens to predict is `tokens[i * T : i * T + T + 1]`. Neighbouring rows
+share one token: the last of a row is predicted there and is context in the next. So every token but
+the first of a document is predicted exactly once. The content of a row depends on the stream and T
+only.
+
+Documents are packed: a row holds pieces of one or more, numbered 1, 2, ... in `segment_ids`; 0 is
+padding after the end of the stream. Position t predicts token t + 1 if both are in one segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int32, Int64
+
+from ddk_jax.data.shards import Shard, Split, open_shard, read_manifest
+
+PADDING, PROMPT, RESPONSE = 0, 1, 2
+"""Roles of a token; plain text is PROMPT throughout."""
+
+
+class HostBatch(NamedTuple):
+    """Rows as the train step gets them, plain numpy.
+
+    Attributes:
+        tokens: ids; 0 where padded.
+        segment_ids: 1, 2, ... per document piece of a row; 0 where padded.
+        role: PADDING, PROMPT or RESPONSE.
+        domain: number of the domain of each row.
+    """
+
+    tokens: Int32[np.ndarray, "rows length+1"]
+    segment_ids: Int32[np.ndarray, "rows length+1"]
+    role: Int32[np.ndarray, "rows length+1"]
+    domain: Int32[np.ndarray, " rows"]
+
+
+class Row(NamedTuple):
+    """One row; the fields are those of `HostBatch`."""
+
+    tokens: Int32[np.ndarray, "length+1"]
+    segment_ids: Int32[np.ndarray, "length+1"]
+    role: Int32[np.ndarray, "length+1"]
+    domain: int
+
+
+def empty_batch(rows: int, length: int, domain: int = 0) -> HostBatch:
+    """A batch of padding."""
+    shape = (rows, length + 1)
+    arrays = (np.zeros(shape, np.int32) for _ in range(3))
+    return HostBatch(*arrays, domain=np.full(rows, domain, np.int32))
+
+
+class DomainRows:
+    """The rows of one domain and split: a sequence with random access, O(log documents) a row.
+
+    Attributes:
+        name: the domain's name.
+        domain: its number in weights and metrics.
+        length: tokens that a row predicts (T).
+        num_tokens: tokens of the stream.
+    """
+
+    def __init__(self, shard: Shard, *, name: str, domain: int, length: int) -> None:
+        """Cut a shard into rows that predict `length` tokens.
+
+        Raises:
+            ValueError: `length` is not positive.
+        """
+        if length < 1:
+            raise ValueError(f"rows of {length} tokens: data.seq_len must be at least 1")
+        self.name = name
+        self.domain = domain
+        self.length = length
+        # A plain view: slicing a memmap itself costs several times as much.
+        self._tokens = np.asarray(shard.tokens)
+        self._offsets = np.asarray(shard.offsets)
+        self._prompt_ends = self._offsets[:-1] + shard.prompts
+        self._only_prompts = bool(np.array_equal(self._prompt_ends, self._offsets[1:]))
+        self.num_tokens = int(self._offsets[-1])
+
+    def __len__(self) -> int:
+        """Number of rows; the last one may be padded."""
+        return max(1, -(-(self.num_tokens - 1) // self.length))
+
+    def __getitem__(self, index: int) -> Row:
+        """Row `index`, from 0."""
+        batch = empty_batch(1, self.length)
+        self.fill(batch, np.zeros(1, np.int64), np.asarray([index], np.int64))
+        return Row(batch.tokens[0], batch.segment_ids[0], batch.role[0], self.domain)
+
+    def fill(
+        self,
+        batch: HostBatch,
+        places: Int64[np.ndarray, " chosen"],
+        indices: Int64[np.ndarray, " chosen"],
+    ) -> None:
+        """Write rows `indices` of this domain into rows `places` of a batch of padding.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        if indices.size and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(
+                f"domain {self.name} has {len(self)} rows, asked for {indices.tolist()}"
+            )
+        width = self.length + 1
+        starts = indices * self.length
+        ends = np.minimum(starts + width, self.num_tokens)
+        first = np.searchsorted(self._offsets, starts, side="right") - 1
+        stop = np.searchsorted(self._offsets, ends, side="left")
+        marks = np.zeros((indices.size, width), np.int32)
+        replies = np.zeros((indices.size, width + 1), np.int32)
+        for i in range(indices.size):
+            start, size = starts[i], ends[i] - starts[i]
+            batch.tokens[places[i], :size] = self._tokens[start : ends[i]]
+            marks[i, 0] = 1
+            marks[i, self._offsets[first[i] + 1 : stop[i]] - start] = 1
+            if not self._only_prompts:
+                pieces = slice(first[i], stop[i])
+                begin = np.clip(self._prompt_ends[pieces] - start, 0, width)
+                finish = np.minimum(self._offsets[first[i] + 1 : stop[i] + 1] - start, width)
+                np.add.at(replies[i], begin, 1)
+                np.add.at(replies[i], finish, -1)
+        inside = np.arange(width) < (ends - starts)[:, None]
+        batch.segment_ids[places] = np.cumsum(marks, axis=1) * inside
+        reply = 0 if self._only_prompts else np.cumsum(replies[:, :width], axis=1)
+        batch.role[places] = (PROMPT + (RESPONSE - PROMPT) * reply) * inside
+        batch.domain[places] = self.domain
+
+
+def open_rows(directory: Path, split: Split, length: int) -> list[DomainRows]:
+    """The rows of every domain of a directory of prepared data, in the manifest's order.
+
+    Raises:
+        DataError: the directory does not hold sound prepared data.
+    """
+    manifest = read_manifest(directory)
+    return [
+        DomainRows(open_shard(directory, manifest, name, split), name=name, domain=i, length=length)
+        for i, name in enumerate(manifest.names)
+    ]
+
+
+def validation_batches(rows: DomainRows, count: int, batch_rows: int) -> Iterator[HostBatch]:
+    """The same `count` rows each time, evenly spaced over a split, in batches of one shape.
+
+    Args:
+        rows: the split.
+        count: rows to take; all of them if 0 or if there are fewer.
+        batch_rows: rows of a batch. The last one is filled up with padding.
+    """
+    total = len(rows) if count == 0 else min(count, len(rows))
+    chosen = np.arange(total, dtype=np.int64) * len(rows) // total
+    for start in range(0, total, batch_rows):
+        part = chosen[start : start + batch_rows]
+        batch = empty_batch(batch_rows, rows.length, rows.domain)
+        rows.fill(batch, np.arange(part.size, dtype=np.int64), part)
+        yield batch

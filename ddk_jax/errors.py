@@ -1,0 +1,33 @@
+"""Errors that a user can act on. The command line prints them as one line and exits with their code."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Wrong usage or configuration. The message says what, where, and what to do."""
+
+    exit_code = 64
+
+
+class DataError(UserError):
+    """The corpus or the prepared data is missing, broken or does not match."""
+
+    exit_code = 65
+
+
+class DivergedError(UserError):
+    """Training produced non-finite updates; starting it again would do the same."""
+
+    exit_code = 70
+
+
+class StorageError(UserError):
+    """Something could not be read or written."""
+
+    exit_code = 74
+
+
+class RunHeldError(UserError):
+    """Another process is writing to the run directory."""
+
+    exit_code = 75

@@ -1,0 +1,1 @@
+"""Training: the state, the step, evaluation, checkpoints, metrics and the loop over them."""

@@ -1,0 +1,66 @@
+"""Nats per token of a model on every domain's validation rows, and the teacher's, measured once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float64
+
+from ddk_jax.training.state import Batch
+from ddk_jax.training.step import EvalStep
+
+
+class DomainNats(NamedTuple):
+    """Mean cross-entropy of every domain."""
+
+    nats: Float64[np.ndarray, "D"]
+    """Nats per predicted token; NaN for a domain without tokens."""
+    tokens: Float64[np.ndarray, "D"]
+    """Predicted tokens that the mean is over."""
+
+
+def measure(step: EvalStep, params: Any, batches: Iterable[Batch], num_domains: int) -> DomainNats:
+    """Run `step` over all batches; float32 sums of a batch are added in float64."""
+    total, count = np.zeros(num_domains), np.zeros(num_domains)
+    for batch in batches:
+        sums = jax.device_get(step(params, batch))
+        total += sums.total
+        count += sums.count
+    nats = np.full(num_domains, np.nan)
+    np.divide(total, count, out=nats, where=count > 0)
+    return DomainNats(nats, count)
+
+
+def cached(directory: Path, key: dict[str, Any], compute: Callable[[], DomainNats]) -> DomainNats:
+    """`compute()`, or what an earlier call with the same key stored in `directory`.
+
+    Teacher and validation rows are frozen, so all runs over one prepared corpus share the result.
+
+    Args:
+      directory: where results are kept, one JSON file each.
+      key: JSON-able; everything that the result depends on.
+      compute: makes the result when it is not there.
+    """
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    path = directory / f"{digest}.json"
+    try:
+        stored = json.loads(path.read_text())
+        if stored["key"] == key:
+            return DomainNats(np.array(stored["nats"]), np.array(stored["tokens"]))
+    except (OSError, ValueError, KeyError):
+        pass  # absent or torn: measure again
+    result = compute()
+    if np.all(np.isfinite(result.nats)):
+        stored = {"key": key, "nats": result.nats.tolist(), "tokens": result.tokens.tolist()}
+        directory.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.tmp")
+        partial.write_text(json.dumps(stored, indent=1))
+        partial.replace(path)
+    return result

@@ -1,0 +1,380 @@
+"""The training loop: steps, and once in a while a measurement, new weights, a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ddk_jax.config import Config, resolve_path, to_plain
+from ddk_jax.data.rows import HostBatch
+from ddk_jax.errors import DivergedError
+from ddk_jax.mixture.controllers import ControllerState, advice
+from ddk_jax.mixture.gaps import discrepancy
+from ddk_jax.training.build import Job
+from ddk_jax.training.checkpoint import Checkpoints, Saved
+from ddk_jax.training.evaluate import DomainNats
+from ddk_jax.training.lease import RunLease
+from ddk_jax.training.metrics import (
+    CheckpointEvent,
+    EvaluationEvent,
+    MetricsWriter,
+    MixtureEvent,
+    ProgressLine,
+    StepEvent,
+    StepTiming,
+    Timing,
+    to_json,
+    truncate_after,
+)
+from ddk_jax.training.optimizer import learning_rate
+from ddk_jax.training.preemption import Preemption
+from ddk_jax.training.rundir import log_file, open_run
+from ddk_jax.training.state import StepSums, TrainState
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSummary:
+    """What a run came to; `summary.json` of a finished one."""
+
+    steps: int
+    tokens: int
+    """Predicted training tokens."""
+    stop_reason: str
+    """`steps`, `tokens`, `intervals`, `discrepancy`, or `preempted` (saved, to be continued)."""
+    domains: tuple[str, ...]
+    student_nats_before: list[float]
+    student_nats_after: list[float]
+    teacher_nats: list[float] | None
+    weights: list[float]
+    """The last weights of the mixture."""
+    tokens_per_domain: list[int]
+    config_digest: str
+    timing: dict[str, float]
+
+
+def train(config: Config) -> RunSummary:
+    """Run a config to its end, or continue where its run directory stands.
+
+    Killed at any moment and called again, it ends with the same bits as without the interruption.
+
+    Raises:
+      UserError and its kinds (`ddk_jax.errors`): each with its exit code.
+    """
+    run_dir = resolve_path(config.run.dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with RunLease(run_dir) as lease, log_file(run_dir / "log.txt"), Preemption() as preemption:
+        open_run(config, run_dir)
+        job = Job(config)
+        with (
+            Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
+            _Run(job, run_dir, checkpoints) as run,
+        ):
+            run.start()
+            while (stop := run.stop_reason()) is None and not preemption.requested:
+                run.one_step()
+                if run.step % config.mixture.interval_steps == 0:  # once in an interval
+                    run.evaluate()
+                    if run.stop_reason() is None:
+                        run.steer()
+                every = config.checkpoint.every_steps
+                if every and run.step % every == 0:  # once in a while
+                    lease.check()
+                    run.save()
+            if stop is None:
+                _log.warning("told to stop: saving step %d", run.step)
+            else:
+                run.evaluate()
+            lease.check()
+            run.save()
+            summary = run.summary(stop or "preempted")
+        if stop is not None:
+            text = json.dumps(to_json(to_plain(summary)), indent=1)
+            (run_dir / "summary.json").write_text(text + "\n")
+        _log.info("event=end step=%d reason=%s", summary.steps, summary.stop_reason)
+        return summary
+
+
+class _Run:
+    """What the loop changes, and the actions that change it."""
+
+    def __init__(self, job: Job, run_dir: Path, checkpoints: Checkpoints) -> None:
+        self.job, self.config, self.run_dir = job, job.config, run_dir
+        self.checkpoints = checkpoints
+        self.step = 0
+        self.tokens_per_domain = np.zeros(len(job.domains), np.int64)
+        self.before: list[float] | None = None
+        self.measured: tuple[int, DomainNats] | None = None
+        self._pending: _Pending | None = None
+        self._saved_step = -1
+        self._advised = False
+
+    def __enter__(self) -> _Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in ("pipeline", "progress", "metrics"):
+            if (part := getattr(self, name, None)) is not None:
+                part.close()
+
+    def start(self) -> None:
+        """Build the parts, then restore the newest checkpoint, or measure the untrained student."""
+        job, config = self.job, self.config
+        self.started = self.clock = time.monotonic()
+        job.objective, job.micro_rows  # noqa: B018 - refuse a wrong config before any long work
+        self.teacher_nats = job.teacher_nats()
+        self.train_step = job.train_step()
+        self.schedule = learning_rate(config.optim, config.train.steps)
+        self.controller_state = job.controller.init(job.prior)
+        self.pipeline = job.pipeline(job.controller.weights(self.controller_state))
+
+        restored = self.checkpoints.restore_latest(job.abstract_state())
+        truncate_after(self.run_dir / "metrics.jsonl", restored.step if restored else -1)
+        self.metrics = MetricsWriter(self.run_dir / "metrics.jsonl")
+        if restored is None:
+            self.state: TrainState = job.initial_state()
+            self.evaluate()
+            self.steer()
+        else:
+            _log.info("event=resume step=%d", restored.step)
+            self.state, self.step = restored.state, restored.step
+            self._saved_step = restored.step
+            self._restore_host(restored.host)
+        self.first_step = self.step
+        self.progress = ProgressLine(
+            steps=config.train.steps,
+            first_step=self.step,
+            log_every_steps=config.run.log_every_steps,
+        )
+
+    def one_step(self) -> None:
+        """Dispatch a step; then, while it runs, report the one before."""
+        waiting = time.monotonic()
+        host, _ = next(self.pipeline)
+        waited = time.monotonic() - waiting
+        teacher = self.job.teacher
+        batch = self.job.place(*host)
+        self.state, sums = self.train_step(self.state, teacher.params if teacher else None, batch)
+        self.step += 1
+        self.tokens_per_domain = self.tokens_per_domain + _predicted(host, len(self.job.domains))
+        self._report()
+        self._pending = _Pending(self.step, sums, self.tokens_per_domain, waited)
+        for saved in self.checkpoints.poll():
+            self._saved(saved)
+
+    def evaluate(self) -> None:
+        """Measure the student on every domain, unless this step's student has been."""
+        if self.measured is not None and self.measured[0] == self.step:
+            return
+        self._report()
+        start = time.monotonic()
+        nats = self.job.measure(self.job.student, self.state.params["student"])
+        if self.before is None:
+            self.before = nats.nats.tolist()
+        self.measured = self.step, nats
+        teacher = self.teacher_nats
+        self.metrics.write(
+            EvaluationEvent(
+                step=self.step,
+                tokens_seen=int(self.tokens_per_domain.sum()),
+                domains=self.job.domains,
+                student_nats=nats.nats,
+                teacher_nats=None if teacher is None else teacher.nats,
+                tokens=nats.tokens,
+                timing=Timing(seconds=time.monotonic() - start),
+            )
+        )
+        gap = "" if teacher is None else f" gap={discrepancy(nats.nats, teacher.nats):.4f}"
+        _log.info("event=evaluation step=%d nats=%.4f%s", self.step, nats.nats.mean(), gap)
+        self.clock = time.monotonic()  # not part of the next step
+
+    def steer(self) -> None:
+        """Turn the last measurement into weights, from the next row on."""
+        job, controller = self.job, self.job.controller
+        assert self.measured is not None
+        gap = None
+        if self.teacher_nats is not None:
+            self.controller_state = controller.update(
+                self.controller_state, self.measured[1].nats, self.teacher_nats.nats
+            )
+            gap = self.controller_state.gap
+            self._warn()
+        weights = controller.weights(self.controller_state)
+        # Follows from the step alone, so every host sets the same row.
+        start_row = self.step * self.config.train.rows_per_step
+        self.pipeline.set_weights(weights, start_row)
+        self.metrics.write(
+            MixtureEvent(
+                step=self.step,
+                start_row=start_row,
+                domains=job.domains,
+                weights=weights,
+                gap=gap,
+                gap_kind=controller.gap,
+                controller=controller.name,
+            )
+        )
+        shares = " ".join(f"{n}={w:.3f}" for n, w in zip(job.domains, weights, strict=True))
+        _log.info("event=mixture step=%d start_row=%d %s", self.step, start_row, shares)
+
+    def save(self) -> None:
+        """Start a checkpoint of this step, unless there is one."""
+        if self._saved_step == self.step:
+            return
+        self._report()
+        self.metrics.sync()
+        _log.info("event=save_start step=%d", self.step)
+        host = {
+            "pipeline": self.pipeline.state,
+            "controller": self.controller_state.to_json(),
+            "tokens_per_domain": self.tokens_per_domain.tolist(),
+            "before": self.before,
+            "measured": None
+            if self.measured is None
+            else [self.measured[0], *(to_json(x) for x in self.measured[1])],
+            "digest": self.config.digest(),
+        }
+        self.checkpoints.save(self.step, self.state, host)
+        self._saved_step = self.step
+        self.clock = time.monotonic()
+
+    def stop_reason(self) -> str | None:
+        """Why the run is over, if it is."""
+        train, step = self.config.train, self.step
+        if step >= train.steps:
+            return "steps"
+        if train.max_tokens and self.tokens_per_domain.sum() >= train.max_tokens:
+            return "tokens"
+        if train.max_intervals and step >= train.max_intervals * self.config.mixture.interval_steps:
+            return "intervals"
+        if train.stop_discrepancy and self.measured and self.teacher_nats:
+            if discrepancy(self.measured[1].nats, self.teacher_nats.nats) < train.stop_discrepancy:
+                return "discrepancy"
+        return None
+
+    def summary(self, reason: str) -> RunSummary:
+        """Wait for the last save, and sum the run up."""
+        self._report()
+        for saved in self.checkpoints.wait():
+            self._saved(saved)
+        seconds = time.monotonic() - self.started
+        tokens = int(self.tokens_per_domain.sum())
+        measured = self.measured[1].nats if self.measured else np.array([])
+        return RunSummary(
+            steps=self.step,
+            tokens=tokens,
+            stop_reason=reason,
+            domains=self.job.domains,
+            student_nats_before=self.before or [],
+            student_nats_after=measured.tolist(),
+            teacher_nats=None if self.teacher_nats is None else self.teacher_nats.nats.tolist(),
+            weights=self.job.controller.weights(self.controller_state).tolist(),
+            tokens_per_domain=self.tokens_per_domain.tolist(),
+            config_digest=self.config.digest(),
+            timing={"wall_seconds": seconds, "steps_this_time": self.step - self.first_step},
+        )
+
+    def _restore_host(self, host: dict[str, Any]) -> None:
+        self.pipeline.set_state(host["pipeline"])
+        self.controller_state = ControllerState.from_json(host["controller"])
+        self.tokens_per_domain = np.array(host["tokens_per_domain"], np.int64)
+        self.before = host["before"]
+        if host["measured"] is not None:
+            step, nats, tokens = host["measured"]
+            values = [np.nan if value is None else value for value in nats]
+            self.measured = step, DomainNats(np.array(values), np.array(tokens))
+
+    def _report(self) -> None:
+        """Write the line of the last dispatched step; stop if its updates keep being skipped."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        sums = jax.device_get(pending.sums)
+        now = time.monotonic()
+        seconds, self.clock = now - self.clock, now
+        speed = float(sums.tokens.sum()) / seconds
+        applied = pending.step - 1 - int(sums.skipped_before)
+        self.metrics.write(_step_event(self.job, pending, sums, self.schedule(applied), seconds))
+        self.progress.update(pending.step, loss=float(sums.loss), tokens_per_second=speed)
+        if sums.skipped:
+            _log.warning("event=skipped step=%d: the update was not finite", pending.step)
+        limit = self.config.train.max_skipped_in_a_row
+        if int(sums.skipped_in_a_row) >= limit:
+            raise DivergedError(self._diagnosis(pending, sums, limit))
+
+    def _diagnosis(self, pending: _Pending, sums: StepSums, limit: int) -> str:
+        rows = self.config.train.rows_per_step
+        first = (pending.step - limit) * rows
+        totals = sums.term_total.sum(axis=0)
+        bad = [n for n, t in zip(self.job.domains, totals, strict=True) if not np.isfinite(t)]
+        where = f"the loss of {', '.join(bad)} is not finite" if bad else "a gradient is not finite"
+        return (
+            f"diverged at step {pending.step}: {limit} updates in a row were not finite ({where}; "
+            f"rows {first} to {pending.step * rows - 1}). None of them was applied. Lower "
+            "optim.learning_rate, or look at these rows"
+        )
+
+    def _warn(self) -> None:
+        state, domains = self.controller_state, self.job.domains
+        for i in state.unmeasured:
+            _log.warning("domain %s has no finite measurement: it keeps its weight", domains[i])
+        rows = self.config.mixture.interval_steps * self.config.train.rows_per_step
+        text = advice(self.job.controller, state, domains, rows)
+        if text is not None and not self._advised:
+            self._advised = True
+            _log.warning("%s", text)
+
+    def _saved(self, saved: Saved) -> None:
+        self.metrics.write(CheckpointEvent(step=saved.step, timing=Timing(seconds=saved.seconds)))
+        _log.info("event=save_end step=%d seconds=%.2f", saved.step, saved.seconds)
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A dispatched step that has not been reported."""
+
+    step: int
+    sums: StepSums
+    tokens_per_domain: np.ndarray
+    data_wait_seconds: float
+
+
+def _step_event(
+    job: Job, pending: _Pending, sums: StepSums, rate: Any, seconds: float
+) -> StepEvent:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        by_domain = sums.term_total / sums.term_count
+        means = sums.term_total.sum(axis=1) / sums.term_count.sum(axis=1)
+    names = [term.name for term in job.objective]
+    tokens = sums.tokens.sum()
+    return StepEvent(
+        step=pending.step,
+        tokens=pending.tokens_per_domain.sum(),
+        loss=sums.loss,
+        terms=dict(zip(names, means, strict=True)),
+        domain_nats=dict(zip(names, by_domain, strict=True)),
+        domain_tokens=sums.tokens.astype(np.int64),
+        learning_rate=rate,
+        grad_norm=sums.grad_norm,
+        skipped=sums.skipped,
+        timing=StepTiming(
+            seconds=seconds,
+            tokens_per_second=float(tokens) / seconds,
+            data_wait_seconds=pending.data_wait_seconds,
+        ),
+    )
+
+
+def _predicted(host: HostBatch, num_domains: int) -> np.ndarray:
+    """Predicted tokens of a batch by domain, int64 [D]."""
+    same = host.segment_ids[:, 1:] == host.segment_ids[:, :-1]
+    per_row = (same & (host.role[:, 1:] > 0)).sum(axis=1)
+    return np.bincount(host.domain, weights=per_row, minlength=num_domains).astype(np.int64)

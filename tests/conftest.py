@@ -1,0 +1,47 @@
+"""The setting that every test runs in: eight simulated CPU devices and no forgiveness.
+
+Types and shapes of the whole package are checked at run time, implicit promotions of dtype or rank
+are errors, and so are warnings (pyproject.toml). Programs that a test starts itself inherit the
+platform only: they see one device, as a user does.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports jax. The expected values are those of a CPU in float32.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from jaxtyping import install_import_hook
+
+# Before anything imports the package.
+install_import_hook("ddk_jax", "beartype.beartype")
+
+import hypothesis
+import jax
+import pytest
+
+SIMULATED_DEVICES = 8
+
+jax.config.update("jax_num_cpu_devices", SIMULATED_DEVICES)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The first example of a property may compile, which no deadline should count.
+hypothesis.settings.register_profile("ddk_jax", deadline=None, max_examples=50)
+hypothesis.settings.load_profile("ddk_jax")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Lets programs that several tests build be compiled once a session."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax_cache")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@pytest.fixture(scope="session")
+def devices() -> list[jax.Device]:
+    """The simulated devices, for tests that compare one of them with all."""
+    found = jax.devices("cpu")
+    assert len(found) == SIMULATED_DEVICES
+    return found
