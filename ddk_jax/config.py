@@ -41,7 +41,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One origin of documents: a JSONL file (also .gz, .xz) or a text file, or a folder or glob of them."""
+    """One origin of documents: JSONL (also .gz, .xz) or text; a file, a folder or a glob."""
 
     path: str
     """File, folder or glob. `assets:NAME` is a file shipped in the package."""
@@ -193,9 +193,9 @@ class TrainConfig:
     max_intervals: int = 0
     """Stop after this many mixture intervals. 0: no such limit."""
     stop_discrepancy: float = 0.0
-    """Stop when the mean over the domains of student minus teacher nats falls under this. 0: never."""
+    """Stop when student minus teacher nats, mean over the domains, falls under this. 0: never."""
     max_skipped_in_a_row: int = 5
-    """A non-finite update is never applied; after this many in a row the run stops (exit code 70)."""
+    """A non-finite update is never applied; the run stops (exit code 70) after this many."""
     prefetch_steps: int = 2
     """Batches built ahead of the step."""
 
@@ -257,44 +257,72 @@ class Config:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+_LEAST = {
+    "run.seed": 0,
+    "run.log_every_steps": 1,
+    "data.seq_len": 1,
+    "data.max_rejected_fraction": 0,
+    "objective.chunk_tokens": 1,
+    "mixture.interval_steps": 1,
+    "mixture.warmup_intervals": 0,
+    "optim.final_learning_rate": 0,
+    "optim.warmup_steps": 0,
+    "optim.weight_decay": 0,
+    "optim.clip_norm": 0,
+    "train.steps": 1,
+    "train.rows_per_step": 1,
+    "train.micro_rows": 0,
+    "train.max_tokens": 0,
+    "train.max_intervals": 0,
+    "train.max_skipped_in_a_row": 1,
+    "train.prefetch_steps": 0,
+    "evaluation.rows_per_domain": 0,
+    "evaluation.batch_rows": 1,
+    "checkpoint.every_steps": 0,
+    "checkpoint.keep": 2,
+}
+"""Smallest value of a field; what 0 means is said where the field is."""
+
+
 def _check(config: Config) -> None:
-    """Relations between fields; each message says which field to change."""
+    """Ranges of fields and relations between them; each message says which field to change."""
     problems: list[str] = []
 
     def need(holds: bool, message: str) -> None:
         if not holds:
             problems.append(message)
 
+    for key, least in _LEAST.items():
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        need(value >= least, f"{key} = {value}: needs at least {least}")
     train, optim, mixture = config.train, config.optim, config.mixture
-    need(config.data.seq_len >= 1, f"data.seq_len = {config.data.seq_len}: needs at least 1 token")
-    need(
-        0 < config.data.validation_fraction < 1,
-        f"data.validation_fraction = {config.data.validation_fraction}: needs a share in (0, 1)",
-    )
+    fraction = config.data.validation_fraction
+    need(0 < fraction < 1, f"data.validation_fraction = {fraction}: needs a share in (0, 1)")
     names = [domain.name for domain in config.data.domains]
     need(len(set(names)) == len(names), f"data.domains: a name appears twice in {names}")
-    need(train.steps >= 1, f"train.steps = {train.steps}: needs at least 1 step")
-    need(train.rows_per_step >= 1, f"train.rows_per_step = {train.rows_per_step}: needs at least 1")
     need(
-        train.micro_rows == 0 or (train.micro_rows > 0 and train.rows_per_step % train.micro_rows == 0),
+        train.micro_rows <= 0 or train.rows_per_step % train.micro_rows == 0,
         f"train.micro_rows = {train.micro_rows} must divide train.rows_per_step = "
         f"{train.rows_per_step}, so that every forward pass has the same shape",
     )
-    need(mixture.interval_steps >= 1, f"mixture.interval_steps = {mixture.interval_steps}: needs 1")
     need(0 <= mixture.alpha <= 1, f"mixture.alpha = {mixture.alpha}: needs a share in [0, 1]")
     need(optim.learning_rate > 0, f"optim.learning_rate = {optim.learning_rate}: must be positive")
+    need(optim.eps > 0, f"optim.eps = {optim.eps}: must be positive")
+    for name, beta in {"beta1": optim.beta1, "beta2": optim.beta2}.items():
+        need(0 <= beta < 1, f"optim.{name} = {beta}: needs a value in [0, 1)")
     need(
         optim.warmup_steps <= train.steps,
         f"optim.warmup_steps = {optim.warmup_steps} is longer than the run (train.steps = "
         f"{train.steps})",
     )
-    need(config.checkpoint.keep >= 2, "checkpoint.keep: at least 2, so that a corrupt one can be replaced")
     losses = [term.loss for term in config.objective.terms]
     need(bool(losses), "objective.terms: needs at least one term")
     need(len(set(losses)) == len(losses), f"objective.terms: a loss is named twice in {losses}")
     for term in config.objective.terms:
         need(term.temperature > 0, f"objective term {term.loss}: temperature must be positive")
-    need(config.objective.chunk_tokens >= 1, "objective.chunk_tokens: needs at least 1")
+    for axis, size in to_plain(config.mesh).items():
+        need(size == -1 or size >= 1, f"mesh.{axis} = {size}: needs -1 or a number of devices")
     if problems:
         raise UserError("; ".join(problems))
 
@@ -318,13 +346,24 @@ def load_config(path: str | Path) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
     try:
-        tree = yaml.safe_load(text)
+        tree = _Loader(text).get_single_data()
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     try:
         return from_plain(Config, {} if tree is None else tree)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain data only, and no key twice: YAML would let the second section replace the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.YAMLError(f"{', '.join(twice)} appears twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -8,6 +8,7 @@ platform only: they see one device, as a user does.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # Before anything imports jax. The expected values are those of a CPU in float32.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -37,6 +38,14 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Lets programs that several tests build be compiled once a session."""
     jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax_cache")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+@pytest.fixture(scope="session")
+def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the runs of `tiny.config` read. Shared: to change it, copy it."""
+    import tiny
+
+    return tiny.build(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")

@@ -463,6 +463,9 @@ def test_tied_flag_against_a_head(single: Path) -> None:
         UserError, match=r"lm_head.weight differs from .*tie_word_embeddings is true"
     ):
         hf.load(single)
+    edit_tensors(file, lambda t: t.update({"lm_head.weight": np.float32(1).reshape(())}))
+    with pytest.raises(UserError, match=r"lm_head\.weight differs from"):
+        hf.load(single)
     edit_tensors(file, lambda t: t.pop("lm_head.weight"))
     edit_json(single / "config.json", tie_word_embeddings=False)
     with pytest.raises(UserError, match=r"missing: lm_head\.weight"):

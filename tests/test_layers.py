@@ -42,8 +42,9 @@ LAYERS: list[list[list[str]]] = [
         ["models.hf", "models.generate"],
     ],
     [["training.build"]],
-    [["training.loop"], ["analysis"]],
-    [["quickstart"]],
+    [["training.loop"], ["training.trained"], ["analysis"]],
+    [["training.export", "card"]],
+    [["doctor", "inspection"], ["quickstart"]],
     [["cli"]],
     [["__main__"]],
 ]

@@ -1,8 +1,8 @@
 """LM heads and losses, a chunk of tokens at a time: `[B, T, V]` never exists.
 
-The gradients of a chunk are taken while its logits are at hand, in the forward pass: recomputing the
-logits in a backward pass would cost 0.6 of the head's work again, keeping them costs the memory that
-this module is there to save. A call that asks for the value alone does no gradient work.
+The gradients of a chunk are taken while its logits are at hand, in the forward pass: recomputing
+the logits in a backward pass would cost 0.6 of the head's work again, keeping them costs the memory
+that this module is there to save. A call that asks for the value alone does no gradient work.
 
 Legend: B rows, T tokens, E hidden, V vocabulary, K terms of the objective, N tokens of a chunk,
 M = ceil(B T / N) chunks.
@@ -94,9 +94,8 @@ def _forward(
         d_logits = d_logits.astype(student_head.dtype)
         d_hidden = d_logits @ student_head.T
         # Accumulated in float32 over the chunks: in training this is the head's gradient.
-        d_head = d_head + jnp.matmul(
-            _active(part)[0].T, d_logits, preferred_element_type=jnp.float32
-        )
+        hidden = _active(part, part.student_hidden)
+        d_head = d_head + jnp.matmul(hidden.T, d_logits, preferred_element_type=jnp.float32)
         return (total + value, d_head), (nats, d_hidden)
 
     zero = _zero_like_sum(inputs.scale)
@@ -110,13 +109,13 @@ def _forward(
 def _backward(
     terms: Objective, chunk: int, gradients: tuple[Array, Array], cotangents: Result
 ) -> tuple[Array, Array, None]:
-    d_hidden, d_head = gradients
     factor = cotangents[0]
-    return (
-        (d_hidden * factor).astype(d_hidden.dtype),
-        (d_head * factor).astype(d_head.dtype),
-        None,
-    )
+
+    def scaled(gradient: Array) -> Array:
+        return (gradient.astype(jnp.float32) * factor).astype(gradient.dtype)
+
+    d_hidden, d_head = gradients
+    return scaled(d_hidden), scaled(d_head), None
 
 
 chunked_objective.defvjp(_forward, _backward)
@@ -134,9 +133,9 @@ def sharded_objective(
 ) -> Result:
     """`chunked_objective` on a mesh whose `data_axes` share the rows.
 
-    Each data shard scans its own tokens; the gradient of the head is summed over them once. (Left to
-    the partitioner, a scan over chunks of a sharded token axis makes every replica do all the work.)
-    Other axes of the mesh are left to the partitioner.
+    Each data shard scans its own tokens; the gradient of the head is summed over them once. (Left
+    to the partitioner, a scan over chunks of a sharded token axis makes every replica do all the
+    work.) Other axes of the mesh are left to the partitioner.
     """
     rows = PartitionSpec(data_axes)
     none = PartitionSpec()
@@ -187,36 +186,29 @@ def _cut(student_hidden: Array, inputs: LossInputs, chunk: int) -> _Chunk:
     )
 
 
-def _active(part: _Chunk) -> tuple[Array, Array | None]:
-    """Hidden states with masked tokens replaced, before any product or softmax sees them.
+def _active(part: _Chunk, values: Float[Array, "N any"]) -> Float[Array, "N any"]:
+    """The same with masked tokens replaced by 0, before any product or softmax sees them.
 
     A mask on the loss alone would leave NaN in its gradients: 0 * NaN is NaN.
     """
     active = jnp.any(part.scale > 0, axis=0)[:, None]
-
-    def keep(x: Array) -> Array:
-        return jnp.where(active, x, jnp.zeros((), x.dtype))
-
-    teacher = part.teacher_hidden
-    return keep(part.student_hidden), None if teacher is None else keep(teacher)
+    return jnp.where(active, values, jnp.zeros((), values.dtype))
 
 
 def _logits(
     part: _Chunk, student_head: Array, teacher: TeacherTargets | None
 ) -> tuple[Array, ChunkView]:
     """Logits of both models for one chunk, float32."""
-    student_hidden, teacher_hidden = _active(part)
-    student_logits = jnp.matmul(student_hidden, student_head, preferred_element_type=jnp.float32)
+
+    def product(hidden: Array, head: Array) -> Array:
+        return jnp.matmul(_active(part, hidden), head, preferred_element_type=jnp.float32)
+
+    student_logits = product(part.student_hidden, student_head)
     teacher_logits = None
-    if teacher is not None:
-        teacher_logits = jnp.matmul(
-            teacher_hidden,
-            jax.lax.stop_gradient(teacher.head),
-            preferred_element_type=jnp.float32,
-        )
-        # -inf or NaN columns of the head meet masked tokens too.
-        active = jnp.any(part.scale > 0, axis=0)[:, None]
-        teacher_logits = jnp.where(active, teacher_logits, jnp.float32(0))
+    if teacher is not None and part.teacher_hidden is not None:
+        teacher_logits = product(part.teacher_hidden, jax.lax.stop_gradient(teacher.head))
+        # Entries of the head that are -inf or NaN meet masked tokens too.
+        teacher_logits = _active(part, teacher_logits)
     return student_logits, ChunkView(student_logits, teacher_logits, part.labels, part.role)
 
 

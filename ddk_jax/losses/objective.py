@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeAlias
@@ -35,7 +36,8 @@ Objective: TypeAlias = tuple[WeightedTerm, ...]
 class LossEntry:
     """How a loss is made from its settings."""
 
-    make: Term
+    make: Callable[..., Float[Array, "N"]]
+    """A `Term`; with the keyword `temperature` when `takes_temperature`."""
     takes_temperature: bool
     needs_teacher: bool
 

@@ -283,7 +283,7 @@ def _check_tensors(
     extra = {name for name in tensors.keys() - expected if not families.is_ignored(spec, name)}
     if spec.tied_head and head in extra:
         extra.remove(head)
-        if table in tensors and not _equal(tensors[head], tensors[table]):
+        if table in tensors and not _equal(tensors[head], tensors[table], expected[table]):
             problems.append(
                 f"{head} differs from {table}, though tie_word_embeddings is true: correct the "
                 "config or remove the tensor"
@@ -304,12 +304,12 @@ def _check_tensors(
         raise UserError(f"{directory}: the tensors do not match {CONFIG}; " + "; ".join(problems))
 
 
-def _equal(one: Any, other: Any) -> bool:
-    """Whether two tensors hold the same numbers; compared block by block."""
-    if one.get_shape() != other.get_shape():
-        return False
-    rows = one.get_shape()[0]
-    blocks = (slice(start, min(start + 4096, rows)) for start in range(0, rows, 4096))
+def _equal(one: Any, other: Any, shape: tuple[int, ...]) -> bool:
+    """Whether two tensors of this shape hold the same numbers; compared block by block."""
+    for tensor in (one, other):
+        if tuple(tensor.get_shape()) != shape or tensor.get_dtype() not in _FLOAT_TYPES:
+            return False
+    blocks = (slice(start, min(start + 4096, shape[0])) for start in range(0, shape[0], 4096))
     return all(np.array_equal(one[block], other[block]) for block in blocks)
 
 

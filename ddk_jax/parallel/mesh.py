@@ -44,21 +44,16 @@ def make_mesh(
     devices = list(jax.devices() if devices is None else devices)
     sizes = [data, fsdp, tensor]
     known = math.prod(size for size in sizes if size != -1)
-    if sizes.count(-1) == 1 and len(devices) % known == 0:
+    if sizes.count(-1) == 1 and known > 0 and len(devices) % known == 0:
         sizes[sizes.index(-1)] = len(devices) // known
     if math.prod(sizes) != len(devices) or min(sizes) < 1:
         raise ValueError(
-            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} does not fit {len(devices)} devices: "
-            "set one of them to -1"
+            f"mesh data={data} x fsdp={fsdp} x tensor={tensor} does not fit {len(devices)} "
+            "devices: set one of them to -1"
         )
     return jax.make_mesh(
         tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
     )
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the data axes."""
-    return NamedSharding(mesh, PartitionSpec(DATA_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -22,9 +22,15 @@ from ddk_jax.data.pipeline import MixturePipeline
 from ddk_jax.data.rows import DomainRows, open_rows, validation_batches
 from ddk_jax.data.shards import Manifest, read_manifest
 from ddk_jax.data.tokenize import Tokenizer, same_tokens
-from ddk_jax.errors import UserError
-from ddk_jax.losses.objective import LOSSES, Objective, make_term, needs_teacher
-from ddk_jax.mixture.controllers import CONTROLLERS, Controller
+from ddk_jax.errors import DataError, UserError
+from ddk_jax.losses.objective import (
+    LOSSES,
+    Objective,
+    WeightedTerm,
+    make_term,
+    needs_teacher,
+)
+from ddk_jax.mixture.controllers import CONTROLLERS, Controller, Static
 from ddk_jax.mixture.gaps import GAPS
 from ddk_jax.models import hf
 from ddk_jax.models.decoder import Decoder
@@ -55,27 +61,31 @@ def make_objective(terms: Sequence[TermConfig]) -> Objective:
     Raises:
       UserError: an unknown loss, with a suggestion.
     """
-    for term in terms:
-        if term.loss not in LOSSES:
-            raise UserError(f"objective.terms: unknown loss {term.loss!r}: "
-                            f"{suggest(term.loss, list(LOSSES))}")
-    return tuple(
-        make_term(
+    return tuple(_make_term(term) for term in terms)
+
+
+def _make_term(term: TermConfig) -> WeightedTerm:
+    if term.loss not in LOSSES:
+        raise UserError(
+            f"objective.terms: unknown loss {term.loss!r}: {suggest(term.loss, list(LOSSES))}"
+        )
+    try:
+        return make_term(
             term.loss,
             weight=term.weight,
             temperature=term.temperature,
             temperature_squared=term.temperature_squared,
             roles=term.roles,
         )
-        for term in terms
-    )
+    except ValueError as error:
+        raise UserError(f"objective.terms: {error}") from error
 
 
 def make_controller(config: Config) -> Controller:
     """The controller that the config names.
 
     Raises:
-      UserError: an unknown controller or gap, with a suggestion.
+      UserError: an unknown controller or gap, with a suggestion; or no teacher to measure a gap to.
     """
     mixture = config.mixture
     if mixture.controller not in CONTROLLERS:
@@ -85,6 +95,11 @@ def make_controller(config: Config) -> Controller:
         )
     if mixture.gap not in GAPS:
         raise UserError(f"mixture.gap = {mixture.gap!r}: {suggest(mixture.gap, list(GAPS))}")
+    if not config.teacher.path and mixture.controller != Static.name:
+        raise UserError(
+            f"mixture.controller = {mixture.controller!r} follows the gap to a teacher: set "
+            f"teacher.path, or mixture.controller to {Static.name}"
+        )
     return CONTROLLERS[mixture.controller](
         gap=mixture.gap, alpha=mixture.alpha, warmup_intervals=mixture.warmup_intervals
     )
@@ -139,8 +154,16 @@ class Job:
 
     @cached_property
     def manifest(self) -> Manifest:
-        """The prepared data's manifest."""
-        return read_manifest(resolve_path(self.config.data.dir))
+        """The prepared data's manifest; it must list the config's domains, if that names any."""
+        config = self.config.data
+        manifest = read_manifest(resolve_path(config.dir))
+        wanted = tuple(domain.name for domain in config.domains)
+        if wanted and wanted != manifest.names:
+            raise DataError(
+                f"{config.dir} holds the domains {', '.join(manifest.names)}, the config names "
+                f"{', '.join(wanted)}: run `ddk prepare`, or choose another data.dir"
+            )
+        return manifest
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -156,20 +179,32 @@ class Job:
     def teacher(self) -> Loaded | None:
         """The teacher, if the config names one; its tokenizer must be the data's."""
         config = self.config
-        if not config.teacher.path:
+        if self.teacher_spec is None:
             return None
-        name = config.teacher.dtype
-        params_dtype = self.dtype if name == "auto" else compute_dtype(name)
-        loaded = load_model(
-            config.teacher.path, self.mesh, dtype=self.dtype, params_dtype=params_dtype
+        return load_model(
+            config.teacher.path, self.mesh, dtype=self.dtype, params_dtype=self.teacher_dtype
         )
-        self._check_tokens(config.teacher.path, "teacher", loaded.decoder.spec)
-        return loaded
+
+    @cached_property
+    def teacher_dtype(self) -> Any:
+        """Type that the teacher's parameters are held in."""
+        name = self.config.teacher.dtype
+        return self.dtype if name == "auto" else compute_dtype(name)
+
+    @cached_property
+    def teacher_spec(self) -> ModelSpec | None:
+        """The teacher's shape, if the config names one; cheap, for its weights are not read."""
+        path = self.config.teacher.path
+        if not path:
+            return None
+        spec = hf.read_spec(resolve_path(path))
+        self._check_tokens(path, "teacher", spec)
+        return spec
 
     @cached_property
     def student(self) -> Decoder:
         """The student's decoder."""
-        config = self.config.student
+        config, teacher = self.config.student, self.teacher_spec
         if config.path:
             spec = hf.read_spec(resolve_path(config.path))
             self._check_tokens(config.path, "student", spec)
@@ -181,13 +216,12 @@ class Job:
                         f"student.spec.{name} is missing: describe the student, or set "
                         "student.path to a model directory"
                     )
-            teacher = self.teacher
-            size = teacher.decoder.spec.vocab_size if teacher else self.manifest.tokenizer.vocab_size
+            size = teacher.vocab_size if teacher else self.manifest.tokenizer.vocab_size
             spec = replace(spec, vocab_size=spec.vocab_size or size)
-        if self.teacher and spec.vocab_size != self.teacher.decoder.spec.vocab_size:
+        if teacher and spec.vocab_size != teacher.vocab_size:
             raise UserError(
                 f"the student has {spec.vocab_size} embeddings, the teacher "
-                f"{self.teacher.decoder.spec.vocab_size}: they must share one vocabulary"
+                f"{teacher.vocab_size}: they must share one vocabulary"
             )
         if spec.vocab_size < self.manifest.tokenizer.vocab_size:
             raise UserError(
@@ -202,7 +236,9 @@ class Job:
         objective = make_objective(self.config.objective.terms)
         if needs_teacher(objective) and not self.config.teacher.path:
             names = [term.name for term in objective if term.needs_teacher]
-            raise UserError(f"objective.terms: {', '.join(names)} needs a teacher: set teacher.path")
+            raise UserError(
+                f"objective.terms: {', '.join(names)} needs a teacher: set teacher.path"
+            )
         return objective
 
     @cached_property
@@ -233,12 +269,27 @@ class Job:
         ]
         return np.array(sizes) / sum(sizes)
 
+    def check(self) -> None:
+        """Refuse a config that cannot be run, before any long work.
+
+        Raises:
+          UserError: settings that contradict each other, the models or the devices.
+          DataError: the prepared data is missing, broken or another than the config's.
+        """
+        config = self.config
+        self._check_divides(config.evaluation.batch_rows, "evaluation.batch_rows")
+        if config.train.stop_discrepancy and not config.teacher.path:
+            raise UserError("train.stop_discrepancy compares with a teacher: set teacher.path")
+        _ = self.objective, self.controller, self.micro_rows, self.student, self.train_rows
+
     def initial_state(self) -> TrainState:
         """The state before the first step, in its shardings."""
         student, config = self.student, self.config
         if config.student.path:
             shardings = self.state_shardings.params["student"]
-            params = hf.load(resolve_path(config.student.path), spec=student.spec, shardings=shardings)
+            params = hf.load(
+                resolve_path(config.student.path), spec=student.spec, shardings=shardings
+            )
             return jax.jit(
                 lambda p: initial_state(p, {}, self.optimizer), out_shardings=self.state_shardings
             )(params)
@@ -320,17 +371,18 @@ class Job:
         validation = [domain.validation.files for domain in self.manifest.domains]
         key = {
             "teacher": teacher.digest,
-            "validation": hashlib.sha256(repr([sorted(f.items()) for f in validation]).encode()).hexdigest(),
+            "validation": hashlib.sha256(
+                repr([sorted(f.items()) for f in validation]).encode()
+            ).hexdigest(),
             "seq_len": config.data.seq_len,
             "rows_per_domain": config.evaluation.rows_per_domain,
-            "dtype": [str(self.dtype), config.teacher.dtype],
+            "dtype": [str(self.dtype), str(self.teacher_dtype)],
         }
         directory = resolve_path(config.data.dir) / "teacher_nats"
         return cached(directory, key, lambda: self.measure(teacher.decoder, teacher.params))
 
     def _validation_batches(self) -> Iterator[Batch]:
         config = self.config
-        self._check_divides(config.evaluation.batch_rows, "evaluation.batch_rows")
         rows = open_rows(resolve_path(config.data.dir), "validation", config.data.seq_len)
         for domain_rows in rows:
             for host in validation_batches(

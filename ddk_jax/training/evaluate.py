@@ -48,13 +48,15 @@ def cached(directory: Path, key: dict[str, Any], compute: Callable[[], DomainNat
       key: JSON-able; everything that the result depends on.
       compute: makes the result when it is not there.
     """
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    path = directory / f"{digest}.json"
+    canonical = json.dumps(key, sort_keys=True)
+    path = directory / f"{hashlib.sha256(canonical.encode()).hexdigest()[:16]}.json"
     try:
         stored = json.loads(path.read_text())
-        if stored["key"] == key:
-            return DomainNats(np.array(stored["nats"]), np.array(stored["tokens"]))
-    except (OSError, ValueError, KeyError):
+        # As text: a key's tuples come back from JSON as lists.
+        if json.dumps(stored["key"], sort_keys=True) == canonical:
+            nats, tokens = (np.array(stored[x], np.float64) for x in ("nats", "tokens"))
+            return DomainNats(nats, tokens)
+    except (OSError, ValueError, KeyError, TypeError):
         pass  # absent or torn: measure again
     result = compute()
     if np.all(np.isfinite(result.nats)):

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddk_jax.config import Config, resolve_path, to_plain
+from ddk_jax.config import Config, resolve_path
 from ddk_jax.data.rows import HostBatch
-from ddk_jax.errors import DivergedError
+from ddk_jax.errors import DivergedError, UserError
 from ddk_jax.mixture.controllers import ControllerState, advice
 from ddk_jax.mixture.gaps import discrepancy
 from ddk_jax.training.build import Job
@@ -35,7 +35,7 @@ from ddk_jax.training.metrics import (
 )
 from ddk_jax.training.optimizer import learning_rate
 from ddk_jax.training.preemption import Preemption
-from ddk_jax.training.rundir import log_file, open_run
+from ddk_jax.training.rundir import SUMMARY, log_file, open_run, write_whole
 from ddk_jax.training.state import StepSums, TrainState
 
 _log = logging.getLogger(__name__)
@@ -51,29 +51,37 @@ class RunSummary:
     stop_reason: str
     """`steps`, `tokens`, `intervals`, `discrepancy`, or `preempted` (saved, to be continued)."""
     domains: tuple[str, ...]
-    student_nats_before: list[float]
-    student_nats_after: list[float]
-    teacher_nats: list[float] | None
+    student_nats_before: list[float | None]
+    """Validation nats per token by domain before the first step; None where not finite."""
+    student_nats_after: list[float | None]
+    """The same after the last step."""
+    teacher_nats: list[float | None] | None
+    """The teacher's; None without one."""
     weights: list[float]
     """The last weights of the mixture."""
     tokens_per_domain: list[int]
     config_digest: str
     timing: dict[str, float]
+    """`wall_seconds` and `tokens_per_second`, since the run was last started."""
 
 
 def train(config: Config) -> RunSummary:
     """Run a config to its end, or continue where its run directory stands.
 
     Killed at any moment and called again, it ends with the same bits as without the interruption.
+    Called again after the end, it returns the same summary and trains no more.
 
     Raises:
       UserError and its kinds (`ddk_jax.errors`): each with its exit code.
     """
     run_dir = resolve_path(config.run.dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
     with RunLease(run_dir) as lease, log_file(run_dir / "log.txt"), Preemption() as preemption:
-        open_run(config, run_dir)
+        if (finished := _read_summary(run_dir, config)) is not None:
+            _log.info("event=end step=%d: finished before", finished.steps)
+            return finished
         job = Job(config)
+        job.check()
+        open_run(config, run_dir)
         with (
             Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
             _Run(job, run_dir, checkpoints) as run,
@@ -86,8 +94,8 @@ def train(config: Config) -> RunSummary:
                     if run.stop_reason() is None:
                         run.steer()
                 every = config.checkpoint.every_steps
-                if every and run.step % every == 0:  # once in a while
-                    lease.check()
+                if every and run.step % every == 0 and run.stop_reason() is None:
+                    lease.check()  # once in a while
                     run.save()
             if stop is None:
                 _log.warning("told to stop: saving step %d", run.step)
@@ -97,10 +105,19 @@ def train(config: Config) -> RunSummary:
             run.save()
             summary = run.summary(stop or "preempted")
         if stop is not None:
-            text = json.dumps(to_json(to_plain(summary)), indent=1)
-            (run_dir / "summary.json").write_text(text + "\n")
+            write_whole(run_dir / SUMMARY, json.dumps(to_json(summary), indent=1) + "\n")
         _log.info("event=end step=%d reason=%s", summary.steps, summary.stop_reason)
         return summary
+
+
+def _read_summary(run_dir: Path, config: Config) -> RunSummary | None:
+    """The summary of a finished run of this very config, if that is what the directory holds."""
+    try:
+        tree = json.loads((run_dir / SUMMARY).read_text())
+        summary = RunSummary(**tree | {"domains": tuple(tree["domains"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return summary if summary.config_digest == config.digest() else None
 
 
 class _Run:
@@ -111,7 +128,7 @@ class _Run:
         self.checkpoints = checkpoints
         self.step = 0
         self.tokens_per_domain = np.zeros(len(job.domains), np.int64)
-        self.before: list[float] | None = None
+        self.before: list[float | None] = []
         self.measured: tuple[int, DomainNats] | None = None
         self._pending: _Pending | None = None
         self._saved_step = -1
@@ -128,8 +145,7 @@ class _Run:
     def start(self) -> None:
         """Build the parts, then restore the newest checkpoint, or measure the untrained student."""
         job, config = self.job, self.config
-        self.started = self.clock = time.monotonic()
-        job.objective, job.micro_rows  # noqa: B018 - refuse a wrong config before any long work
+        self.started = time.monotonic()
         self.teacher_nats = job.teacher_nats()
         self.train_step = job.train_step()
         self.schedule = learning_rate(config.optim, config.train.steps)
@@ -148,7 +164,8 @@ class _Run:
             self.state, self.step = restored.state, restored.step
             self._saved_step = restored.step
             self._restore_host(restored.host)
-        self.first_step = self.step
+        self.first_tokens = int(self.tokens_per_domain.sum())
+        self.clock = time.monotonic()
         self.progress = ProgressLine(
             steps=config.train.steps,
             first_step=self.step,
@@ -177,8 +194,7 @@ class _Run:
         self._report()
         start = time.monotonic()
         nats = self.job.measure(self.job.student, self.state.params["student"])
-        if self.before is None:
-            self.before = nats.nats.tolist()
+        self.before = self.before or to_json(nats.nats)
         self.measured = self.step, nats
         teacher = self.teacher_nats
         self.metrics.write(
@@ -267,23 +283,32 @@ class _Run:
             self._saved(saved)
         seconds = time.monotonic() - self.started
         tokens = int(self.tokens_per_domain.sum())
-        measured = self.measured[1].nats if self.measured else np.array([])
+        teacher = self.teacher_nats
         return RunSummary(
             steps=self.step,
             tokens=tokens,
             stop_reason=reason,
             domains=self.job.domains,
-            student_nats_before=self.before or [],
-            student_nats_after=measured.tolist(),
-            teacher_nats=None if self.teacher_nats is None else self.teacher_nats.nats.tolist(),
+            student_nats_before=self.before,
+            student_nats_after=to_json(self.measured[1].nats) if self.measured else [],
+            teacher_nats=None if teacher is None else to_json(teacher.nats),
             weights=self.job.controller.weights(self.controller_state).tolist(),
             tokens_per_domain=self.tokens_per_domain.tolist(),
             config_digest=self.config.digest(),
-            timing={"wall_seconds": seconds, "steps_this_time": self.step - self.first_step},
+            timing={
+                "wall_seconds": seconds,
+                "tokens_per_second": (tokens - self.first_tokens) / seconds,
+            },
         )
 
     def _restore_host(self, host: dict[str, Any]) -> None:
-        self.pipeline.set_state(host["pipeline"])
+        try:
+            self.pipeline.set_state(host["pipeline"])
+        except ValueError as error:
+            raise UserError(
+                f"{self.config.data.dir} is not the data that {self.run_dir} was trained on "
+                f"({error}): bring it back, or choose another run.dir"
+            ) from error
         self.controller_state = ControllerState.from_json(host["controller"])
         self.tokens_per_domain = np.array(host["tokens_per_domain"], np.int64)
         self.before = host["before"]
@@ -306,20 +331,20 @@ class _Run:
         self.progress.update(pending.step, loss=float(sums.loss), tokens_per_second=speed)
         if sums.skipped:
             _log.warning("event=skipped step=%d: the update was not finite", pending.step)
-        limit = self.config.train.max_skipped_in_a_row
-        if int(sums.skipped_in_a_row) >= limit:
-            raise DivergedError(self._diagnosis(pending, sums, limit))
+        if int(sums.skipped_in_a_row) >= self.config.train.max_skipped_in_a_row:
+            raise DivergedError(self._diagnosis(pending, sums))
 
-    def _diagnosis(self, pending: _Pending, sums: StepSums, limit: int) -> str:
+    def _diagnosis(self, pending: _Pending, sums: StepSums) -> str:
         rows = self.config.train.rows_per_step
-        first = (pending.step - limit) * rows
+        skipped = int(sums.skipped_in_a_row)
+        first = (pending.step - skipped) * rows
         totals = sums.term_total.sum(axis=0)
         bad = [n for n, t in zip(self.job.domains, totals, strict=True) if not np.isfinite(t)]
         where = f"the loss of {', '.join(bad)} is not finite" if bad else "a gradient is not finite"
         return (
-            f"diverged at step {pending.step}: {limit} updates in a row were not finite ({where}; "
-            f"rows {first} to {pending.step * rows - 1}). None of them was applied. Lower "
-            "optim.learning_rate, or look at these rows"
+            f"diverged at step {pending.step}: {skipped} updates in a row were not finite "
+            f"({where}; rows {first} to {pending.step * rows - 1}). None of them was applied. "
+            "Lower optim.learning_rate, or look at these rows"
         )
 
     def _warn(self) -> None:

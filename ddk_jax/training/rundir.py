@@ -19,6 +19,10 @@ from ddk_jax.errors import StorageError, UserError
 
 _log = logging.getLogger(__name__)
 
+SUMMARY = "summary.json"
+"""Written when a run is finished, never before."""
+_PARTIAL = ".partial"
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 FIXED = (
@@ -31,32 +35,54 @@ FIXED = (
     "mixture",
     "train.rows_per_step",
 )
-"""What must not change within a run: the meaning of its state, of its data order, of its metrics."""
+"""What must not change within a run: the meaning of its state, its data order, its metrics."""
 
 
 def open_run(config: Config, directory: Path) -> None:
     """Write the config and the versions of a new run, or check that a config continues the old one.
 
     Settings that decide what the state and the rows mean must be as they were (`FIXED`); others may
-    change between two starts, and are logged.
+    change between two starts, and are logged. A run without a checkpoint has nothing to continue:
+    it starts from scratch with any config.
 
     Raises:
       UserError: the directory belongs to a run that this config does not continue.
       StorageError: the directory cannot be written.
     """
     path = directory / "config.yaml"
-    if path.is_file():
+    if path.is_file() and any((directory / "checkpoints").glob("[0-9]*")):
         _check_continues(to_plain(load_config(path)), to_plain(config), directory)
     record: dict[str, Any] = {"config_digest": config.digest(), "ddk_jax": __version__}
     record["python"] = platform.python_version()
     record["packages"] = {name: metadata.version(name) for name in PACKAGES}
     record["devices"] = [device.device_kind for device in jax.devices()]
     try:
-        save_config(config, path)
-        (directory / "run.json").write_text(json.dumps(record, indent=1) + "\n")
+        partial = path.with_suffix(_PARTIAL)
+        save_config(config, partial)
+        partial.replace(path)
+        (directory / SUMMARY).unlink(missing_ok=True)
     except OSError as error:
-        raise StorageError(f"{directory}: cannot be written ({error.strerror})") from error
+        raise _unwritable(path, error) from error
+    write_whole(directory / "run.json", json.dumps(record, indent=1) + "\n")
     _log.info("event=start run=%s digest=%s", directory, record["config_digest"])
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file so that, killed at any moment, it is there with all its text or as it was.
+
+    Raises:
+      StorageError: it cannot be written.
+    """
+    partial = path.with_suffix(_PARTIAL)
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> StorageError:
+    return StorageError(f"cannot write {path}: {error}; check its permissions and the free space")
 
 
 def _check_continues(old: dict[str, Any], new: dict[str, Any], directory: Path) -> None:

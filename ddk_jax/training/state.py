@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,13 @@ def state_shardings(mesh: Mesh, abstract: TrainState, student_axes: Any) -> Trai
     opt_state = jax.tree.map(
         lambda node: params if is_moment(node) else whole, abstract.opt_state, is_leaf=is_moment
     )
-    return TrainState(whole, params, opt_state, whole, whole)
+    return TrainState(
+        step=cast(Any, whole),
+        params=params,
+        opt_state=opt_state,
+        skipped=cast(Any, whole),
+        skipped_in_a_row=cast(Any, whole),
+    )
 
 
 def place_batch(mesh: Mesh, micro_rows: int, *arrays: np.ndarray) -> Batch:

@@ -128,7 +128,7 @@ def make_train_step(
 
 
 def make_eval_step(model: Model, mesh: Mesh, *, num_domains: int, chunk_tokens: int) -> EvalStep:
-    """Jit `(params, batch) -> DomainSums`: cross-entropy on the labels, nats and tokens by domain."""
+    """Jit `(params, batch) -> DomainSums`: cross-entropy on the labels by domain."""
     objective = (make_term("cross_entropy"),)
 
     def micro_sums(params: Any, micro: Batch) -> DomainSums:

@@ -1,0 +1,169 @@
+"""What a directory holds: a run, prepared data or a model, as text for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ddk_jax.analysis.runs import load_run
+from ddk_jax.analysis.tables import MEAN, aligned_table, domain_table, number
+from ddk_jax.config import resolve_path
+from ddk_jax.data.shards import SPLITS, DomainInfo, is_prepared, open_shard, read_manifest
+from ddk_jax.data.tokenize import Tokenizer
+from ddk_jax.errors import UserError
+from ddk_jax.models import hf
+from ddk_jax.models.directory import CONFIG, read_json, weight_files
+from ddk_jax.training.metrics import read_metrics
+from ddk_jax.training.trained import Measurement, is_run
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def describe(path: str) -> str:
+    """Say what a directory is and the main facts about it.
+
+    Raises:
+      UserError: there is no such directory, or it is none that this package knows.
+      DataError, StorageError: it is one, but damaged.
+    """
+    directory = resolve_path(path)
+    if is_run(directory):
+        return _describe_run(directory)
+    if is_prepared(directory):
+        return _describe_data(directory)
+    if (directory / CONFIG).is_file():
+        return _describe_model(directory)
+    if not directory.is_dir():
+        raise UserError(f"{path}: no such directory")
+    raise UserError(
+        f"{path}: neither a run (config.yaml), nor prepared data (manifest.json), nor a model "
+        f"({CONFIG})"
+    )
+
+
+def size_text(num_bytes: float) -> str:
+    """A number of bytes for people, in powers of 1024."""
+    power = 0
+    while num_bytes >= 1024 and power < len(_UNITS) - 1:
+        num_bytes, power = num_bytes / 1024, power + 1
+    return f"{num_bytes:.0f} {_UNITS[power]}" if power == 0 else f"{num_bytes:.1f} {_UNITS[power]}"
+
+
+def _describe_run(directory: Path) -> str:
+    metrics = directory / "metrics.jsonl"
+    events = read_metrics(metrics) if metrics.is_file() else []
+    evaluated = any(event.get("event") == "evaluation" for event in events)
+    steps = [event for event in events if event.get("event") == "step"]
+    last = steps[-1] if steps else {"step": 0, "tokens": 0}
+    identity, summary = _object(directory / "run.json"), _object(directory / "summary.json")
+    versions = {"ddk_jax": identity.get("ddk_jax"), **identity.get("packages", {})}
+    names = sorted(path.name for path in (directory / "checkpoints").glob("*"))
+    saved = sorted((name for name in names if name.isdecimal()), key=int)
+    damaged = [name for name in names if ".corrupt" in name]
+    state = f"finished ({summary.get('stop_reason')})" if summary else "not finished"
+    facts = {
+        "run": str(directory),
+        "state": state,
+        "progress": f"{last['step']:,} steps, {last['tokens']:,} tokens",
+        "checkpoints": ", ".join([*saved, *damaged]) or "none yet",
+        "config digest": identity.get("config_digest", "unknown"),
+        "versions": ", ".join(f"{name} {value}" for name, value in versions.items() if value),
+        "devices": ", ".join(identity.get("devices", ())),
+        "holds": ", ".join(sorted(path.name for path in directory.iterdir())),
+    }
+    table = domain_table(load_run(directory)) if evaluated else "no evaluation yet"
+    return f"{_facts(facts)}\n\n{table}"
+
+
+def _describe_data(directory: Path) -> str:
+    manifest = read_manifest(directory)
+    for name in manifest.names:
+        for split in SPLITS:
+            open_shard(directory, manifest, name, split)  # raises if they are not what is listed
+    tokenizer = manifest.tokenizer
+    facts = {
+        "prepared data": str(directory),
+        "tokenizer": f"{tokenizer.vocab_size:,} tokens, end token {tokenizer.end_id}, digest "
+        f"{tokenizer.digest[:16]}",
+        "held out": f"{manifest.validation_fraction:.1%} of the documents, by hash of their text",
+    }
+    header = ("domain", "documents", "tokens", "held out", "tokens", "rejected", "duplicates")
+    rows = [_domain_counts(domain) for domain in manifest.domains]
+    total = [sum(column) for column in zip(*rows, strict=True)]
+    cells = [
+        (name, *(f"{value:,}" for value in row))
+        for name, row in zip([*manifest.names, "total"], [*rows, total], strict=True)
+    ]
+    sources = [
+        f"{domain.name}: {source.path} ({source.licence or 'licence not stated'})"
+        for domain in manifest.domains
+        for source in domain.sources
+    ]
+    return f"{_facts(facts)}\n\n{aligned_table(header, cells)}\n\n" + "\n".join(sources)
+
+
+def _domain_counts(domain: DomainInfo) -> list[int]:
+    train, held_out = domain.train, domain.validation
+    return [
+        train.documents,
+        train.tokens,
+        held_out.documents,
+        held_out.tokens,
+        domain.rejected,
+        domain.duplicates,
+    ]
+
+
+def _describe_model(directory: Path) -> str:
+    spec = hf.read_spec(directory)
+    files = weight_files(directory)
+    size = sum(file.stat().st_size for file in files)
+    config = read_json(directory / CONFIG)
+    facts = {
+        "model": str(directory),
+        "family": spec.family,
+        "parameters": f"{spec.num_parameters:,}",
+        "layers": f"{spec.num_layers} of width {spec.hidden_size}, feed-forward {spec.ffn_size}",
+        "heads": f"{spec.num_heads} of width {spec.head_width}, {spec.num_kv_heads} for keys and "
+        "values",
+        "vocabulary": f"{spec.vocab_size:,}, head {'tied' if spec.tied_head else 'not tied'}",
+        "positions": f"{spec.max_positions:,}",
+        "weights": f"{len(files)} file{'s' * (len(files) > 1)}, {size_text(size)}, "
+        f"{config.get('dtype') or config.get('torch_dtype') or 'type not stated'}",
+        "tokenizer": _tokenizer_text(directory),
+    }
+    return _facts(facts)
+
+
+def _tokenizer_text(directory: Path) -> str:
+    if not (directory / "tokenizer.json").is_file():
+        return "none"
+    tokenizer = Tokenizer(directory)
+    return f"{tokenizer.vocab_size:,} tokens, end token {tokenizer.end_token!r}"
+
+
+def _facts(facts: Mapping[str, str]) -> str:
+    """Names and values in two columns."""
+    width = max(map(len, facts))
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in facts.items())
+
+
+def _object(file: Path) -> Mapping[str, Any]:
+    """A JSON object; empty when there is no such file."""
+    return read_json(file) if file.is_file() else {}
+
+
+def measurement_table(result: Measurement) -> str:
+    """A measurement in columns; the mean perplexity is that of the mean nats, so geometric."""
+    header = ("domain", "nats/token", "bits/byte", "perplexity", "tokens")
+    rows = zip(result.nats, result.bits_per_byte, result.perplexity, result.tokens, strict=True)
+    mean = float(np.mean(result.nats))
+    last = (mean, np.mean(result.bits_per_byte), np.exp(mean), np.sum(result.tokens))
+    cells = [
+        (name, *map(number, map(float, row), (".4f", ".4f", ",.2f", ",.0f")))
+        for name, row in zip([*result.domains, MEAN], [*rows, last], strict=True)
+    ]
+    return aligned_table(header, cells)

@@ -1,0 +1,166 @@
+"""Trained models: the student of a run or a model directory, opened and measured."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float64
+
+from ddk_jax.config import Config, DataConfig, EvalConfig, MeshConfig, load_config, resolve_path
+from ddk_jax.data.shards import TOKENIZER
+from ddk_jax.data.tokenize import Tokenizer, same_tokens
+from ddk_jax.errors import UserError
+from ddk_jax.models.decoder import Decoder
+from ddk_jax.training.build import Job, compute_dtype, load_model
+from ddk_jax.training.checkpoint import read_latest
+
+# Parameters and rows are both cut over all devices: the most memory that there is, for any number.
+_MESH = MeshConfig(data=1, fsdp=-1)
+_LONGEST_ROW = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedModel:
+    """A model with its parameters on the devices."""
+
+    decoder: Decoder
+    params: Any
+    tokenizer: Path
+    """Directory with its tokenizer.json."""
+    config: Config | None
+    """The config of the run that it is the student of."""
+    step: int | None
+    """Finished optimiser steps of that run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """How well a model predicts the validation text of every domain."""
+
+    model: str
+    data: str
+    domains: tuple[str, ...]
+    nats: Float64[np.ndarray, "D"]
+    """Mean cross-entropy in nats per predicted token."""
+    bits_per_byte: Float64[np.ndarray, "D"]
+    """nats / ln 2 * tokens / bytes, both counted over the whole validation split; unlike nats, it
+    compares models that have different tokenizers."""
+    perplexity: Float64[np.ndarray, "D"]
+    """exp(nats)."""
+    tokens: Float64[np.ndarray, "D"]
+    """Predicted tokens that the means are over."""
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a directory is that of a run."""
+    return (directory / "config.yaml").is_file()
+
+
+def open_model(path: str) -> TrainedModel:
+    """Open a Hugging Face model directory, or the newest student of a run directory.
+
+    Raises:
+      UserError: it is neither, or holds a model that is not supported.
+      StorageError: a file is missing or damaged.
+    """
+    directory = resolve_path(path)
+    if is_run(directory):
+        return load_student(directory)
+    dtype = compute_dtype("auto")
+    mesh = Job(Config(mesh=_MESH)).mesh
+    loaded = load_model(path, mesh, dtype=dtype, params_dtype=dtype)
+    return TrainedModel(
+        decoder=loaded.decoder, params=loaded.params, tokenizer=directory, config=None, step=None
+    )
+
+
+def load_student(run_dir: Path) -> TrainedModel:
+    """The student of a run's newest good checkpoint, float32; changes nothing in the directory.
+
+    Raises:
+      UserError: the directory is not a run, or the run has saved no checkpoint yet.
+      DataError: the run's prepared data, which names the vocabulary, is gone.
+      StorageError: no checkpoint can be read.
+    """
+    if not is_run(run_dir):
+        raise UserError(f"{run_dir}: not a run directory (no config.yaml)")
+    config = load_config(run_dir / "config.yaml")
+    job = Job(replace(config, mesh=_MESH))
+    restored = read_latest(run_dir / "checkpoints", job.abstract_state())
+    if restored is None:
+        raise UserError(f"{run_dir}: the run has not saved a checkpoint yet; wait for the first")
+    return TrainedModel(
+        decoder=job.student,
+        params=restored.state.params["student"],
+        tokenizer=resolve_path(config.data.dir) / TOKENIZER,
+        config=config,
+        step=restored.step,
+    )
+
+
+def measure_model(path: str, *, data: str = "", rows: int = 500, seq_len: int = 0) -> Measurement:
+    """Measure a model on the validation split of prepared data.
+
+    Args:
+      path: as for `open_model`.
+      data: directory of prepared data; empty: that of the run.
+      rows: rows of each domain; 0: all of them.
+      seq_len: tokens that a row predicts; 0: as in the run, or as many as the model has positions,
+        at most 1024.
+
+    Raises:
+      UserError: see `open_model`; also no data, data of another tokenizer, or rows too long.
+    """
+    model = open_model(path)
+    run, spec = model.config, model.decoder.spec
+    if not data and run is None:
+        raise UserError(f"{path} is a model directory: name prepared data with --data")
+    data = data or (run.data.dir if run else "")
+    longest = spec.max_positions
+    seq_len = seq_len or (run.data.seq_len if run else min(longest, _LONGEST_ROW))
+    if run is None and seq_len > longest:
+        raise UserError(f"--seq-len {seq_len}: {path} is made for at most {longest} positions")
+    batch = math.lcm(8, jax.device_count())
+    job = Job(
+        Config(
+            data=DataConfig(dir=data, seq_len=seq_len),
+            evaluation=EvalConfig(rows_per_domain=rows, batch_rows=batch),
+            mesh=_MESH,
+        )
+    )
+    _check_tokens(path, model, job)
+    result = job.measure(model.decoder, model.params)
+    splits = [domain.validation for domain in job.manifest.domains]
+    tokens_per_byte = np.array([split.tokens / max(split.bytes, 1) for split in splits])
+    with np.errstate(over="ignore"):
+        perplexity = np.exp(result.nats)
+    return Measurement(
+        model=path,
+        data=data,
+        domains=job.domains,
+        nats=result.nats,
+        bits_per_byte=result.nats / math.log(2) * tokens_per_byte,
+        perplexity=perplexity,
+        tokens=result.tokens,
+    )
+
+
+def _check_tokens(path: str, model: TrainedModel, job: Job) -> None:
+    """Refuse data whose ids mean other text to the model."""
+    data_dir = resolve_path(job.config.data.dir)
+    if model.decoder.spec.vocab_size < job.manifest.tokenizer.vocab_size:
+        raise UserError(
+            f"{path} has {model.decoder.spec.vocab_size} embeddings, the tokenizer of {data_dir} "
+            f"{job.manifest.tokenizer.vocab_size} tokens: prepare the data with the model's"
+        )
+    if (model.tokenizer / "tokenizer.json").is_file():
+        ours, theirs = Tokenizer(model.tokenizer), Tokenizer(data_dir / TOKENIZER)
+        if differences := same_tokens(ours, theirs):
+            raise UserError(
+                f"{path} and {data_dir} have different tokenizers: {'; '.join(differences)}"
+            )

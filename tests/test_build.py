@@ -1,0 +1,224 @@
+"""From names and numbers in a config to the parts of a run; what does not fit together is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from ddk_jax.errors import DataError, StorageError, UserError
+from ddk_jax.mixture.controllers import DDK, DDKWithoutSmoothing, Static
+from ddk_jax.models import hf
+from ddk_jax.training.build import Job, compute_dtype, make_controller, make_objective
+
+
+def job(root: Path, **changes: Any) -> Job:
+    return Job(tiny.config(root, root / "unused", **changes))
+
+
+# Names.
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("objective.terms", [{"loss": "cross_entropi"}], r"unknown loss.*mean cross_entropy\?"),
+        ("objective.terms", [{"loss": "cross_entropy", "temperature": 2.0}], "no temperature"),
+        ("mixture.controller", "dkd", r"mixture\.controller.*did you mean ddk\?"),
+        ("mixture.gap", "perplexity", r"mixture\.gap.*ppl_ratio"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_a_suggestion(
+    tiny_root: Path, key: str, value: Any, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        job(tiny_root, **{key: value}).check()
+
+
+@pytest.mark.parametrize("controller", [DDK, DDKWithoutSmoothing, Static])
+def test_controllers_by_name(tiny_root: Path, controller: type) -> None:
+    changes = {
+        "mixture.controller": controller.name,
+        "mixture.alpha": 0.25,
+        "mixture.warmup_intervals": 3,
+    }
+    made = make_controller(job(tiny_root, **changes).config)
+    assert made == controller(gap="loss_difference", alpha=0.25, warmup_intervals=3)
+
+
+def test_the_objective_has_the_config_s_terms(tiny_root: Path) -> None:
+    terms = job(
+        tiny_root,
+        **{
+            "objective.terms": [
+                {"loss": "cross_entropy", "roles": "response"},
+                {"loss": "forward_kl", "weight": 0.5, "temperature": 2.0}
+                | {"temperature_squared": True},
+            ]
+        },
+    ).config.objective.terms
+    cross_entropy, forward_kl = make_objective(terms)
+    assert (cross_entropy.name, cross_entropy.weight, cross_entropy.roles) == (
+        *("cross_entropy", 1.0, "response"),
+    )
+    assert (forward_kl.name, forward_kl.weight, forward_kl.needs_teacher) == (
+        *("forward_kl", 0.5 * 4, True),
+    )
+
+
+def test_the_compute_type_on_the_cpu() -> None:
+    assert compute_dtype("auto") == jnp.float32
+    assert compute_dtype("bfloat16") == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("compute", "held", "expected"),
+    [("bfloat16", "auto", "bfloat16"), ("bfloat16", "float32", "float32")],
+)
+def test_types_of_the_models(tiny_root: Path, compute: str, held: str, expected: str) -> None:
+    made = job(tiny_root, **{"run.compute_dtype": compute, "teacher.dtype": held})
+    assert made.teacher is not None
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(made.teacher.params)} == {expected}
+    assert made.teacher.decoder.dtype == made.student.dtype == jnp.dtype(compute)
+    abstract = made.abstract_state().params["student"]
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(abstract)} == {"float32"}
+
+
+# Models.
+
+
+def test_the_student_takes_the_vocabulary_of_teacher_or_tokenizer(tiny_root: Path) -> None:
+    assert job(tiny_root).student.spec.vocab_size == tiny.VOCABULARY
+    alone = {"teacher.path": "", "objective.terms": [{"loss": "cross_entropy"}]}
+    assert job(tiny_root, **alone).student.spec.vocab_size == tiny.VOCABULARY
+
+
+def test_the_initial_student_is_a_function_of_the_seed(tiny_root: Path) -> None:
+    first, again, other = (
+        tiny.state_digest(job(tiny_root, **{"run.seed": seed}).initial_state().params)
+        for seed in (0, 0, 1)
+    )
+    assert first == again != other
+
+
+def test_a_student_from_a_directory_starts_with_its_values(tiny_root: Path) -> None:
+    teacher = tiny_root / "teacher"
+    made = job(tiny_root, **{"student.path": str(teacher)})
+    assert made.student.spec == hf.read_spec(teacher)
+    expected = tiny.state_digest(hf.load(teacher))
+    assert tiny.state_digest(made.initial_state().params["student"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"student.spec.hidden_size": 0}, r"student\.spec\.hidden_size is missing"),
+        ({"student.spec.vocab_size": 300}, "300 embeddings, the teacher 257"),
+        (
+            {"student.spec.vocab_size": 200, "teacher.path": ""}
+            | {"mixture.controller": "static", "objective.terms": [{"loss": "cross_entropy"}]},
+            r"200 embeddings, the tokenizer 257 tokens: set student\.spec\.vocab_size to 0",
+        ),
+        ({"teacher.path": ""}, r"forward_kl needs a teacher: set teacher\.path"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused(
+    tiny_root: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        job(tiny_root, **changes).check()
+
+
+@pytest.mark.parametrize("who", ["teacher", "student"])
+def test_a_model_with_another_tokenizer_is_refused(
+    tiny_root: Path, tmp_path: Path, who: str
+) -> None:
+    """The same number of tokens, two of them exchanged: a mistake that no shape reveals."""
+    tokenizer = tiny.write_tokenizer(tmp_path / "tokenizer", swapped=True)
+    model = tiny.write_teacher(tmp_path / "model", tokenizer)
+    with pytest.raises(UserError, match=f"the {who}'s tokenizer .* is not the data's"):
+        job(tiny_root, **{f"{who}.path": str(model)}).check()
+
+
+def test_a_model_that_is_too_small_for_the_tokenizer_is_refused(
+    tiny_root: Path, tmp_path: Path
+) -> None:
+    """Where the directory has no tokenizer, the number of embeddings must at least suffice."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_root / "teacher", model)
+    (model / "tokenizer.json").unlink()
+    config = json.loads((model / "config.json").read_text()) | {"vocab_size": 100}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="100 embeddings, the data's tokenizer 257 tokens"):
+        job(tiny_root, **{"teacher.path": str(model)}).check()
+
+
+def test_a_teacher_that_is_not_there_is_refused(tiny_root: Path, tmp_path: Path) -> None:
+    with pytest.raises((UserError, StorageError), match="nowhere"):
+        job(tiny_root, **{"teacher.path": str(tmp_path / "nowhere")}).check()
+
+
+# Devices.
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.rows_per_step": 12}, r"train\.rows_per_step\) = 12: .* multiple of the 8 devices"),
+        ({"train.micro_rows": 4}, r"train\.micro_rows .* = 4: .* multiple of the 8 devices"),
+        ({"evaluation.batch_rows": 4}, r"evaluation\.batch_rows = 4: .* multiple of the 8"),
+        ({"mesh.data": 3}, "does not fit 8 devices"),
+    ],
+)
+def test_rows_that_the_devices_cannot_share_are_refused(
+    tiny_root: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        job(tiny_root, **changes).check()
+
+
+def test_micro_rows_must_divide_the_rows_of_a_step(tiny_root: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.micro_rows = 3 must divide"):
+        job(tiny_root, **{"train.micro_rows": 3})
+
+
+def test_a_config_that_fits_passes(tiny_root: Path) -> None:
+    job(tiny_root).check()
+    job(tiny_root, **{"mesh.fsdp": 2, "mesh.tensor": 2, "train.micro_rows": 4}).check()
+
+
+# Data.
+
+
+def test_data_that_is_missing_or_another_is_refused(tiny_root: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        job(tiny_root, **{"data.dir": str(tmp_path / "nowhere")}).check()
+    domains = [{"name": "words", "sources": [{"path": str(tiny_root / "words.jsonl")}]}]
+    with pytest.raises(DataError, match=r"holds the domains words, digits, echo, the config names"):
+        job(tiny_root, **{"data.domains": domains}).check()
+    assert job(tiny_root, **{"data.domains": []}).domains == tiny.DOMAINS
+
+
+def test_the_prior_is_uniform_or_by_size(tiny_root: Path) -> None:
+    np.testing.assert_allclose(job(tiny_root).prior, 1 / 3)
+    made = job(tiny_root, **{"mixture.prior": "natural"})
+    sizes = np.array([domain.train.tokens for domain in made.manifest.domains])
+    np.testing.assert_allclose(made.prior, sizes / sizes.sum())
+
+
+def test_the_type_of_the_teacher_and_not_its_name_decides_what_is_measured_again(
+    tiny_root: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_root / "data", tmp_path / "data")
+    shutil.rmtree(tmp_path / "data" / "teacher_nats", ignore_errors=True)
+    for held, results in (("auto", 1), ("float32", 1), ("bfloat16", 2)):
+        changes = {"data.dir": str(tmp_path / "data"), "teacher.dtype": held}
+        assert job(tiny_root, **changes).teacher_nats() is not None
+        assert len(list((tmp_path / "data" / "teacher_nats").iterdir())) == results
