@@ -16,6 +16,8 @@ ifeq ($(wildcard /dev/accel[0-9]* /dev/vfio/[0-9]* /dev/nvidia[0-9]*),)
 export JAX_PLATFORMS ?= cpu
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# A step on the CPU allocates its buffers anew: with huge pages it is about a fifth faster.
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 comma := ,
 BIN := $(VENV)/bin

@@ -45,7 +45,9 @@ def model_card(
       record: what the run measured.
       has_figure: whether `FIGURE` lies beside the card.
     """
-    taught = f" from {model_name(config.teacher.path)}" if config.teacher.path else ""
+    teacher = model_name(config.teacher.path) if config.teacher.path else ""
+    title = f"Student of {teacher}" if teacher else "Language model"
+    made = f"distilled from {teacher}" if teacher else "trained on text alone"
     start = model_name(config.student.path) if config.student.path else "random values"
     figure = f"\n![Mixture weights over the training tokens]({FIGURE})\n" if has_figure else ""
     tokens = record.tokens[record.steps <= step]
@@ -53,9 +55,9 @@ def model_card(
     return f"""---
 {yaml.safe_dump(_FRONT, sort_keys=False)}---
 
-# {record.name}
+# {title}
 
-A {spec.family} model of {spec.num_parameters:,} parameters, distilled{taught} with ddk_jax
+A {spec.family} model of {spec.num_parameters:,} parameters, {made} with ddk_jax
 {__version__} (DDK, arXiv 2407.16154). It started from {start} and was trained on
 {int(tokens[-1]) if len(tokens) else 0:,} tokens in {step:,} steps.
 

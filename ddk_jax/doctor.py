@@ -23,8 +23,7 @@ from ddk_jax.data.tokenize import Tokenizer, same_tokens
 from ddk_jax.errors import UserError
 from ddk_jax.inspection import size_text
 from ddk_jax.losses.objective import needs_teacher
-from ddk_jax.parallel.mesh import data_shards
-from ddk_jax.training.build import Job, compute_dtype
+from ddk_jax.training.build import Job
 from ddk_jax.training.rundir import PACKAGES
 
 _ACCELERATORS = ("accel[0-9]*", "vfio/[0-9]*", "nvidia[0-9]*")
@@ -65,6 +64,7 @@ def examine(config: Config) -> list[Check]:
             "settings": partial(_settings, job),
             "data": partial(_data, job),
             "tokenizers": partial(_tokenizers, job),
+            "models": partial(_models, job),
             "memory estimate": partial(_memory_estimate, job),
         }
     checks["disk"] = partial(_disk, job)
@@ -164,28 +164,16 @@ def _hub_token() -> Check:
 def _settings(job: Job) -> Check:
     """The names in the config, and whether rows and devices fit each other."""
     terms = " + ".join(f"{term.weight:g} {term.name}" for term in job.objective)
-    mixture = job.config.mixture
     shape = " x ".join(f"{name} {size}" for name, size in job.mesh.shape.items())
-    rows, shards = job.config.evaluation.batch_rows, data_shards(job.mesh)
-    if rows % shards:
-        raise UserError(f"evaluation.batch_rows = {rows}: must be a multiple of {shards} devices")
-    value = (
-        f"{terms}; controller {job.controller.name} on {mixture.gap}; mesh {shape}; "
-        f"{job.micro_rows} rows at a time"
-    )
+    controller = f"{job.controller.name} on {job.config.mixture.gap}"
+    value = f"{terms}; controller {controller}; mesh {shape}; {job.micro_rows} rows at a time"
     return Check("settings", True, value, "")
 
 
 def _data(job: Job) -> Check:
-    manifest = job.manifest
     rows = sum(len(rows) for rows in job.train_rows)
-    value = f"{job.config.data.dir}: {len(manifest.names)} domains, {rows:,} training rows"
-    named = tuple(domain.name for domain in job.config.data.domains)
-    other = bool(named) and named != manifest.names
-    advice = (
-        f"prepared for the domains {', '.join(manifest.names)}; run ddk prepare" if other else ""
-    )
-    return Check("data", not other, value, advice)
+    value = f"{job.config.data.dir}: {len(job.domains)} domains, {rows:,} training rows"
+    return Check("data", True, value, "")
 
 
 def _tokenizers(job: Job) -> Check:
@@ -207,6 +195,14 @@ def _tokenizers(job: Job) -> Check:
     return Check("tokenizers", not wrong, "; ".join([match, *unknown, *wrong]), advice)
 
 
+def _models(job: Job) -> Check:
+    """What `ddk train` refuses before it starts."""
+    job.check()
+    specs = {"student": job.student.spec, "teacher": job.teacher_spec}
+    said = [f"{who} of {spec.num_parameters:,} parameters" for who, spec in specs.items() if spec]
+    return Check("models", True, ", ".join(said), "")
+
+
 def _memory_estimate(job: Job) -> Check:
     """Bytes on one device for what can be told in advance; activations come on top.
 
@@ -217,8 +213,7 @@ def _memory_estimate(job: Job) -> Check:
     shards = job.mesh.shape["fsdp"] * job.mesh.shape["tensor"]
     parts = {"student and optimizer": _TRAINING_BYTES * student.num_parameters / shards}
     if teacher is not None:
-        name = config.teacher.dtype
-        itemsize = jnp.dtype(job.dtype if name == "auto" else compute_dtype(name)).itemsize
+        itemsize = jnp.dtype(job.teacher_dtype).itemsize
         parts["teacher"] = itemsize * teacher.num_parameters / shards
     copies = 2 + needs_teacher(job.objective)
     parts["one chunk of logits"] = copies * 4 * config.objective.chunk_tokens * student.vocab_size

@@ -44,7 +44,7 @@ def describe(path: str) -> str:
     )
 
 
-def size_text(num_bytes: float) -> str:
+def size_text(num_bytes: int | float) -> str:
     """A number of bytes for people, in powers of 1024."""
     power = 0
     while num_bytes >= 1024 and power < len(_UNITS) - 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 # Before anything imports jax. The expected values are those of a CPU in float32.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -46,6 +47,14 @@ def tiny_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tiny
 
     return tiny.build(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A `tiny.Finished`: one uninterrupted run. To change its directory, copy it."""
+    import tiny
+
+    return tiny.finish(tiny_root, tmp_path_factory.mktemp("finished"))
 
 
 @pytest.fixture(scope="session")

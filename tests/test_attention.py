@@ -43,7 +43,8 @@ def reference(q: Any, k: Any, v: Any, d_out: Any) -> tuple[np.ndarray, ...]:
         for h in range(H):
             at, kv = np.s_[b, :, h], np.s_[b, :, h // group]
             scores = q[at] @ k[kv].T / np.sqrt(D)
-            weights = np.where(MASK[b], np.exp(scores - scores.max(axis=1, keepdims=True)), 0)
+            scores[~MASK[b]] = -np.inf
+            weights = np.exp(scores - scores.max(axis=1, keepdims=True))
             weights /= weights.sum(axis=1, keepdims=True)
             out[at] = weights @ v[kv]
             d_weights = d_out[at] @ v[kv].T

@@ -1,4 +1,4 @@
-"""From names and numbers in a config to the parts of a run; what does not fit together is refused."""
+"""From a config to the parts of a run; what does not fit together is refused."""
 
 from __future__ import annotations
 

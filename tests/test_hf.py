@@ -463,7 +463,7 @@ def test_tied_flag_against_a_head(single: Path) -> None:
         UserError, match=r"lm_head.weight differs from .*tie_word_embeddings is true"
     ):
         hf.load(single)
-    edit_tensors(file, lambda t: t.update({"lm_head.weight": np.float32(1).reshape(())}))
+    edit_tensors(file, lambda t: t.update({"lm_head.weight": np.array(1, np.float32)}))
     with pytest.raises(UserError, match=r"lm_head\.weight differs from"):
         hf.load(single)
     edit_tensors(file, lambda t: t.pop("lm_head.weight"))

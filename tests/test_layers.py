@@ -34,7 +34,7 @@ LAYERS: list[list[list[str]]] = [
             "training.rundir",
         ],
         ["data.sources", "data.tokenize", "data.shards", "data.rows"],
-        ["models.decoder", "models.families", "models.directory"],
+        ["models.decoder", "models.attention", "models.families", "models.directory"],
     ],
     [
         ["training.step", "training.evaluate", "training.checkpoint"],

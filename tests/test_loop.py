@@ -7,15 +7,15 @@ import json
 import logging
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 import tiny
 import yaml
+from tiny import Finished
 
 from ddk_jax.config import Config, load_config
 from ddk_jax.errors import DataError, DivergedError, RunHeldError, UserError
@@ -23,7 +23,7 @@ from ddk_jax.training.build import Job
 from ddk_jax.training.checkpoint import read_latest
 from ddk_jax.training.evaluate import DomainNats
 from ddk_jax.training.lease import RunLease
-from ddk_jax.training.loop import RunSummary, train
+from ddk_jax.training.loop import train
 from ddk_jax.training.metrics import read_metrics
 
 DOMAINS = len(tiny.DOMAINS)
@@ -34,32 +34,9 @@ NO_TEACHER = {
 }
 
 
-class Finished(NamedTuple):
-    config: Config
-    run_dir: Path
-    summary: RunSummary
-    recorder: tiny.Recorder
-    lines: list[dict[str, Any]]
-
-    def of(self, event: str) -> list[dict[str, Any]]:
-        return [line for line in self.lines if line["event"] == event]
-
-
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.use_devices(monkeypatch, 1)
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
-    """One uninterrupted run, with the rows that it was trained on."""
-    run_dir = tmp_path_factory.mktemp("finished")
-    config = tiny.config(tiny_root, run_dir)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        tiny.use_devices(monkeypatch, 1)
-        recorder = tiny.Recorder(monkeypatch)
-        summary = train(config)
-    yield Finished(config, run_dir, summary, recorder, read_metrics(run_dir / "metrics.jsonl"))
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -232,7 +209,7 @@ def test_the_loop_trains_on_the_mixture_that_it_commanded(finished: Finished) ->
     for step in range(1, tiny.STEPS + 1):
         weights = commands.get((step - 1) * tiny.ROWS, weights)
         commanded += weights * tiny.ROWS
-        rows = finished.recorder.batches[step].domain
+        rows = finished.batches[step].domain
         drawn += np.bincount(rows, minlength=DOMAINS)
         assert np.abs(drawn - commanded).max() <= 1.1
 
@@ -240,7 +217,7 @@ def test_the_loop_trains_on_the_mixture_that_it_commanded(finished: Finished) ->
 def test_the_tokens_of_a_step_are_those_of_its_rows(finished: Finished) -> None:
     total = 0
     for line in finished.of("step"):
-        batch = finished.recorder.batches[line["step"]]
+        batch = finished.batches[line["step"]]
         counts = [0] * DOMAINS
         for segments, role, domain in zip(batch.segment_ids, batch.role, batch.domain, strict=True):
             for t in range(tiny.SEQ_LEN):
@@ -456,12 +433,10 @@ def test_a_learning_rate_that_is_far_too_large_never_reaches_a_checkpoint_as_nan
 # A run that is there already.
 
 
-def copy_of(finished: Finished, target: Path) -> Path:
+def copy_of(finished: Finished, tiny_root: Path, target: Path) -> Path:
     """The finished run in another place, as if it had always been there."""
     shutil.copytree(finished.run_dir, target)
-    moved = dataclasses.replace(
-        finished.config, run=dataclasses.replace(finished.config.run, dir=str(target))
-    )
+    moved = tiny.config(tiny_root, target)
     summary = json.loads((target / "summary.json").read_text())
     (target / "summary.json").write_text(json.dumps(summary | {"config_digest": moved.digest()}))
     return target
@@ -470,7 +445,7 @@ def copy_of(finished: Finished, target: Path) -> Path:
 def test_a_finished_run_is_not_run_again(
     finished: Finished, tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_dir = copy_of(finished, tmp_path / "run")
+    run_dir = copy_of(finished, tiny_root, tmp_path / "run")
     before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file() and p.name != "log.txt"}
     with monkeypatch.context() as patch:
         patch.delattr(Job, "measure")
@@ -485,7 +460,7 @@ def test_a_finished_run_is_not_run_again(
 def test_a_finished_run_under_a_harmless_other_setting_keeps_its_record(
     finished: Finished, tiny_root: Path, tmp_path: Path
 ) -> None:
-    run_dir = copy_of(finished, tmp_path / "run")
+    run_dir = copy_of(finished, tiny_root, tmp_path / "run")
     summary = train(tiny.config(tiny_root, run_dir, **{"run.log_every_steps": 5}))
     ours, theirs = dataclasses.asdict(summary), dataclasses.asdict(finished.summary)
     for key in ours.keys() - {"timing", "config_digest"}:
@@ -498,7 +473,7 @@ def test_a_finished_run_can_be_made_longer(
     finished: Finished, tiny_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """And another learning rate is allowed, and said."""
-    run_dir = copy_of(finished, tmp_path / "run")
+    run_dir = copy_of(finished, tiny_root, tmp_path / "run")
     changes = {"train.steps": 13, "optim.learning_rate": 0.01}
     with caplog.at_level(logging.INFO, logger="ddk_jax"):
         summary = train(tiny.config(tiny_root, run_dir, **changes))
@@ -525,7 +500,7 @@ def test_a_finished_run_can_be_made_longer(
 def test_settings_that_would_change_the_meaning_of_a_run_are_refused(
     finished: Finished, tiny_root: Path, tmp_path: Path, key: str, value: Any
 ) -> None:
-    run_dir = copy_of(finished, tmp_path / "run")
+    run_dir = copy_of(finished, tiny_root, tmp_path / "run")
     with pytest.raises(UserError, match=rf"holds a run with other settings.*{key}") as caught:
         train(tiny.config(tiny_root, run_dir, **{key: value, "run.log_every_steps": 2}))
     assert "log_every_steps" not in str(caught.value)  # that one may change
@@ -536,7 +511,7 @@ def test_other_data_under_the_same_name_is_refused(
     finished: Finished, tiny_root: Path, tmp_path: Path
 ) -> None:
     """The domains in another order, prepared where the old ones were."""
-    run_dir = copy_of(finished, tmp_path / "run")
+    run_dir = copy_of(finished, tiny_root, tmp_path / "run")
     for name in ("data", "teacher"):
         shutil.copytree(tiny_root / name, tmp_path / name)
     manifest = tmp_path / "data" / "manifest.json"
@@ -544,7 +519,7 @@ def test_other_data_under_the_same_name_is_refused(
     tree["domains"] = tree["domains"][::-1]
     manifest.write_text(json.dumps(tree))
     changes = {"data.dir": str(tmp_path / "data"), "data.domains": []}
-    with pytest.raises(UserError, match="is not the data that .* was trained on"):
+    with pytest.raises(UserError, match=r"is not the data that .* was trained on"):
         train(tiny.config(tiny_root, run_dir, **changes))
     with pytest.raises(DataError, match="run `ddk prepare`"):
         train(tiny.config(tiny_root, run_dir, **{"data.dir": str(tmp_path / "data")}))

@@ -154,12 +154,9 @@ def value_and_gradient(
     return jax.value_and_grad(scaled, argnums=(0, 1), has_aux=True)(hidden, head)
 
 
-def answer(
-    p: Problem, chunk: int = 4, dtype: Any = np.float32, ddk: bool = False, factor: float = 1.0
-) -> Answer:
-    objective, kinds = (DDK, DDK_KINDS) if ddk else (OBJECTIVE, KINDS)
+def answer(p: Problem, chunk: int = 4, dtype: Any = np.float32, factor: float = 1.0) -> Answer:
     (value, nats), gradients = value_and_gradient(
-        objective, chunk, *placed(p, kinds, dtype), jnp.asarray(np.float32(factor))
+        OBJECTIVE, chunk, *placed(p, KINDS, dtype), jnp.asarray(np.float32(factor))
     )
     assert value.dtype == nats.dtype == jnp.float32
     assert all(gradient.dtype == dtype for gradient in gradients)
@@ -396,12 +393,12 @@ def test_logits_of_the_batch_never_exist() -> None:
     args = (*placed(problem(), KINDS), jnp.asarray(np.float32(1)))
     whole = B * T * V
     assert max(math.prod(x.shape) for x in jax.tree.leaves(args)) < whole  # or nothing is shown
-    program = value_and_gradient.lower(OBJECTIVE, 4, *args).compile()
+    traced = value_and_gradient.trace(OBJECTIVE, 4, *args)
+    program = traced.lower().compile()
     shapes = re.findall(r"\b(?:pred|[a-z]+\d+)\[([\d,]+)\]", program.as_text())
     largest = max(math.prod(map(int, shape.split(","))) for shape in shapes)
     assert 4 * V <= largest < whole
-    jaxpr = jax.make_jaxpr(partial(value_and_gradient, OBJECTIVE, 4))(*args).jaxpr
-    for equation in every_equation(jaxpr):
+    for equation in every_equation(traced.jaxpr.jaxpr):
         assert all(math.prod(x.aval.shape) < whole for x in equation.outvars), equation
 
 
@@ -542,7 +539,8 @@ def on_mesh(sizes: tuple[int, int, int], devices: list[jax.Device]) -> tuple[Ans
         return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
 
     def place_head(x: jax.Array) -> jax.Array:
-        return jax.device_put(x, param_shardings(mesh, ("embed", "vocab"), x))
+        shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return jax.device_put(x, param_shardings(mesh, ("embed", "vocab"), shape))
 
     assert inputs.teacher is not None
     inputs = LossInputs(

@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,6 +28,9 @@ from ddk_jax.models.decoder import Decoder
 from ddk_jax.models.spec import ModelSpec
 from ddk_jax.parallel.mesh import make_mesh
 from ddk_jax.training import build as build_module
+from ddk_jax.training.build import Job
+from ddk_jax.training.checkpoint import read_latest
+from ddk_jax.training.loop import RunSummary, train
 from ddk_jax.training.metrics import read_metrics
 
 DOMAINS = ("words", "digits", "echo")
@@ -140,6 +144,25 @@ def lasting_metrics(run_dir: Path) -> list[dict[str, Any]]:
     ]
 
 
+def outcome(run: Config) -> dict[str, Any]:
+    """All that a run came to and that no interruption may change, bit by bit.
+
+    The arrays and the host tree of the last checkpoint, the metrics, the summary; without the clock
+    and without the digest of the config, which names the run's directory.
+    """
+    run_dir = Path(run.run.dir)
+    restored = read_latest(run_dir / "checkpoints", Job(run).abstract_state())
+    assert restored is not None
+    summary = json.loads((run_dir / "summary.json").read_text())
+    return {
+        "step": restored.step,
+        "arrays": state_digest(restored.state),
+        "host": {key: value for key, value in restored.host.items() if key != "digest"},
+        "metrics": lasting_metrics(run_dir),
+        "summary": {k: v for k, v in summary.items() if k not in ("timing", "config_digest")},
+    }
+
+
 def state_digest(tree: Any) -> str:
     """SHA-256 over the paths, types, shapes and bits of all leaves."""
     digest = hashlib.sha256()
@@ -150,24 +173,46 @@ def state_digest(tree: Any) -> str:
     return digest.hexdigest()
 
 
-class Recorder:
-    """What the loop took from the pipeline, by step: the batches of a run and of its restarts."""
+class Finished(NamedTuple):
+    """A run that was not interrupted, on one device."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Record all pipelines from now on, until `monkeypatch` is undone."""
-        self.batches: dict[int, HostBatch] = {}
-        original = MixturePipeline.__next__
+    config: Config
+    run_dir: Path
+    summary: RunSummary
+    batches: dict[int, HostBatch]
+    """The rows of each step."""
+    lines: list[dict[str, Any]]
+    """Its metrics."""
 
-        def recording(pipeline: MixturePipeline) -> tuple[HostBatch, PipelineState]:
-            batch, state = original(pipeline)
-            self.batches[state["next_row"] // ROWS] = batch
-            return batch, state
+    def of(self, event: str) -> list[dict[str, Any]]:
+        """The lines of one event."""
+        return [line for line in self.lines if line["event"] == event]
 
-        monkeypatch.setattr(MixturePipeline, "__next__", recording)
 
-    def digests(self) -> dict[int, str]:
-        """SHA-256 of each step's rows."""
-        return {step: state_digest(batch) for step, batch in self.batches.items()}
+def finish(root: Path, run_dir: Path) -> Finished:
+    """Run `config(root, run_dir)` and watch it."""
+    described = config(root, run_dir)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_devices(monkeypatch, 1)
+        batches: dict[int, HostBatch] = {}
+        watch_batches(monkeypatch, batches.__setitem__)
+        summary = train(described)
+    lines = read_metrics(run_dir / "metrics.jsonl")
+    return Finished(described, run_dir, summary, batches, lines)
+
+
+def watch_batches(
+    monkeypatch: pytest.MonkeyPatch, callback: Callable[[int, HostBatch], object]
+) -> None:
+    """Call `callback(step, rows)` whenever the loop takes the rows of its next step."""
+    original = MixturePipeline.__next__
+
+    def watched(pipeline: MixturePipeline) -> tuple[HostBatch, PipelineState]:
+        batch, state = original(pipeline)
+        callback(state["next_row"] // ROWS, batch)
+        return batch, state
+
+    monkeypatch.setattr(MixturePipeline, "__next__", watched)
 
 
 def use_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:

@@ -137,28 +137,31 @@ def sharded_objective(
     to the partitioner, a scan over chunks of a sharded token axis makes every replica do all the
     work.) Other axes of the mesh are left to the partitioner.
     """
-    rows = PartitionSpec(data_axes)
+    shared = tuple(axis for axis in data_axes if mesh.shape[axis] > 1)
+    if not shared:  # XLA refuses a sum over one shard that leaves other axes to the partitioner
+        return chunked_objective(student_hidden, student_head, inputs, terms, chunk)
+    rows = PartitionSpec(shared)
     none = PartitionSpec()
     specs = LossInputs(
         teacher=None if inputs.teacher is None else TeacherTargets(hidden=rows, head=none),  # type: ignore[arg-type]
         labels=rows,  # type: ignore[arg-type]
         role=rows,  # type: ignore[arg-type]
-        scale=PartitionSpec(None, data_axes),  # type: ignore[arg-type]
+        scale=PartitionSpec(None, shared),  # type: ignore[arg-type]
     )
 
     def local(hidden: Array, head: Array, shard: LossInputs) -> Result:
         # The head is the same on all data shards, its gradients are not: as a varying value its
         # cotangent is summed over the shards.
-        varying = jax.lax.pcast(head, data_axes, to="varying")
+        varying = jax.lax.pcast(head, shared, to="varying")
         total, nats = chunked_objective(hidden, varying, shard, terms, chunk)
-        return jax.lax.psum(total, data_axes), nats
+        return jax.lax.psum(total, shared), nats
 
     return jax.shard_map(
         local,
         mesh=mesh,
         in_specs=(rows, none, specs),
-        out_specs=(none, PartitionSpec(None, data_axes)),
-        axis_names=set(data_axes),
+        out_specs=(none, PartitionSpec(None, shared)),
+        axis_names=set(shared),
     )(student_hidden, student_head, inputs)
 
 

@@ -6,7 +6,7 @@ Legend: M micro-batches, B rows, T tokens, K terms, D domains, E hidden.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ TrainStep: TypeAlias = Callable[[TrainState, Any, Batch], tuple[TrainState, Step
 EvalStep: TypeAlias = Callable[[Any, Batch], DomainSums]
 
 
+@runtime_checkable
 class Model(Protocol):
     """What the steps need of a model, teacher or student."""
 
@@ -104,7 +105,7 @@ def make_train_step(
         )
         (loss, grads, sums), _ = jax.lax.scan(micro_step, carry, (batch, weights_MKBT))
 
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by integer counts
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

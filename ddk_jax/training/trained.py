@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 
 from ddk_jax.config import Config, DataConfig, EvalConfig, MeshConfig, load_config, resolve_path
 from ddk_jax.data.shards import TOKENIZER
@@ -52,7 +52,7 @@ class Measurement:
     compares models that have different tokenizers."""
     perplexity: Float64[np.ndarray, "D"]
     """exp(nats)."""
-    tokens: Float64[np.ndarray, "D"]
+    tokens: Int64[np.ndarray, "D"]
     """Predicted tokens that the means are over."""
 
 
@@ -146,7 +146,7 @@ def measure_model(path: str, *, data: str = "", rows: int = 500, seq_len: int = 
         nats=result.nats,
         bits_per_byte=result.nats / math.log(2) * tokens_per_byte,
         perplexity=perplexity,
-        tokens=result.tokens,
+        tokens=result.tokens.astype(np.int64),
     )
 
 
