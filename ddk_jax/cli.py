@@ -285,7 +285,7 @@ def parse(name: str, words: list[str]) -> Callable[[], None]:
         return functools.partial(command, *args, **kwargs)
 
     if name in _CONFIGURED:
-        usage += " CONFIG"
+        usage += " [CONFIG]" if name == "doctor" else " CONFIG"
         config, words = _read_config(usage, words)
         bind = functools.partial(bind, config=config)
     return tyro.cli(bind, args=words, prog=usage)

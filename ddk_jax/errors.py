@@ -1,4 +1,4 @@
-"""Errors that a user can act on. The command line prints them as one line and exits with their code."""
+"""Errors that a user can act on: the command line prints one line and exits with their code."""
 
 from __future__ import annotations
 

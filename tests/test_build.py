@@ -153,7 +153,8 @@ def test_a_model_that_is_too_small_for_the_tokenizer_is_refused(
     """Where the directory has no tokenizer, the number of embeddings must at least suffice."""
     model = tmp_path / "model"
     shutil.copytree(tiny_root / "teacher", model)
-    (model / "tokenizer.json").unlink()
+    for name in ("tokenizer.json", "SHA256SUMS"):
+        (model / name).unlink()
     config = json.loads((model / "config.json").read_text()) | {"vocab_size": 100}
     (model / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="100 embeddings, the data's tokenizer 257 tokens"):

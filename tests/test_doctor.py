@@ -101,18 +101,18 @@ def test_little_memory(tiny_root, tmp_path, monkeypatch):
     assert bad(look(tiny_root, tmp_path)) == {"memory", "memory estimate"}
 
 
-@pytest.mark.parametrize("token", ["environment", "file", "none"])
-def test_the_hub_token_is_never_shown(token, tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", ["environment", "file", "nowhere"])
+def test_the_hub_token_is_never_shown(place, tmp_path, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.delenv("HF_TOKEN_PATH", raising=False)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    if token == "environment":
+    if place == "environment":
         monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    if token == "file":
+    if place == "file":
         (tmp_path / "token").write_text("hf_secret")
     check = doctor._hub_token()
     assert check.ok and "secret" not in str(check)
-    assert check.value.startswith("absent" if token == "none" else "present")
+    assert check.value.startswith("absent" if place == "nowhere" else "present")
 
 
 def test_a_run_directory_that_cannot_be_written(tiny_root, tmp_path):

@@ -310,10 +310,11 @@ def test_extreme_logits_stay_finite_and_exact(size: float) -> None:
     np.testing.assert_allclose(found.nats, expected.nats, rtol=1e-4, atol=1e-6 * max(size, 1))
 
 
-def test_a_student_that_is_not_finite_is_seen() -> None:
+@pytest.mark.parametrize("whose", ["hidden", "teacher_hidden", "head", "teacher_head"])
+def test_what_is_not_finite_at_a_token_that_counts_is_seen(whose: str) -> None:
     p = problem()
-    b, t = np.argwhere(p.mask)[0]
-    p.hidden[b, t, 0] = np.nan
+    array = getattr(p, whose)
+    array[(*np.argwhere(p.mask & (p.role == 2))[0], 0) if array.ndim == 3 else (0, 0)] = np.nan
     found = answer(p)
     assert math.isnan(found.value)
     assert np.isnan(found.d_head).any()
@@ -568,9 +569,42 @@ def on_meshes(devices: list[jax.Device]) -> dict[str, tuple[Answer, str]]:
     return {name: on_mesh(sizes, devices) for name, sizes in MESHES.items()}
 
 
+def collectives(program: str, kinds: str) -> list[tuple[str, list[list[int]]]]:
+    """The computation that holds it, and the shapes of the results, of every such collective."""
+    found, computation = [], ""
+    for line in program.splitlines():
+        if line and not line[0].isspace() and "{" in line:
+            computation = line.split()[1 if line.startswith("ENTRY") else 0]
+        if match := re.match(rf"\s+(?:ROOT )?\S+ = (.+?) (?:{kinds})(?:-start)?\(", line):
+            shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
+            found.append((computation, [[int(n) for n in x.split(",") if n] for x in shapes]))
+    return found
+
+
 @pytest.mark.parametrize("name", MESHES)
 def test_sharded_equals_dense(name: str, on_meshes: dict[str, tuple[Answer, str]]) -> None:
     found, _ = on_meshes[name]
     check(found, dense(problem(6, rows=8, vocab=WIDE, width=8), DDK_KINDS), 1e-5)
     np.testing.assert_allclose(found.value, on_meshes["one"][0].value, rtol=1e-6)
     check(found, on_meshes["one"][0], 1e-6)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_the_vocabulary_stays_where_it_is(
+    name: str, on_meshes: dict[str, tuple[Answer, str]]
+) -> None:
+    program = on_meshes[name][1]
+    data, fsdp, tensor = MESHES[name]
+    gathered = collectives(program, "all-gather|all-to-all|collective-permute|reduce-scatter")
+    # What is gathered is the shard of each head that lies on other data shards, once.
+    heads = [] if fsdp == 1 else [[E_T, WIDE // tensor], [8, WIDE // tensor]]
+    assert sorted(shape for _, shapes in gathered for shape in shapes) == heads
+    # The head's gradient is summed once, not for every chunk: in no other computation than ENTRY.
+    of_head = [
+        where
+        for where, shapes in collectives(program, "all-reduce")
+        if any(math.prod(shape) >= 8 * WIDE // tensor for shape in shapes)
+    ]
+    entry = re.search(r"^ENTRY (\S+)", program, re.MULTILINE)
+    assert entry is not None
+    assert of_head == ([] if data * fsdp == 1 else [entry[1]])

@@ -51,5 +51,5 @@ def forward_kl(view: ChunkView, *, temperature: float) -> Float[Array, "N"]:
     log_p = jax.nn.log_softmax(view.teacher_logits.astype(jnp.float32) * inverse, axis=1)
     log_q = jax.nn.log_softmax(view.student_logits.astype(jnp.float32) * inverse, axis=1)
     p = jnp.exp(log_p)
-    # p = 0 means p * (log p - log q) = 0; written out, since 0 * inf is NaN.
-    return jnp.sum(jnp.where(p > 0, p * (log_p - log_q), jnp.float32(0)), axis=1)
+    # p = 0 means p * (log p - log q) = 0; written out, since 0 * inf is NaN. A p that is NaN stays.
+    return jnp.sum(jnp.where(p == 0, jnp.float32(0), p * (log_p - log_q)), axis=1)

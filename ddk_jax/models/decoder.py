@@ -31,7 +31,9 @@ Rope: TypeAlias = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 INIT_STDDEV = 0.02
 
 
-def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], gain: float = 1.0) -> Any:
+def _normal(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], gain: float = 1.0
+) -> Any:
     """A matrix with normally distributed float32 values and the logical name of each axis."""
     values = INIT_STDDEV * gain * jax.random.normal(rngs.params(), shape, jnp.float32)
     return nnx.Param(values, axes=axes)
@@ -45,6 +47,7 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x_BTE: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """The normed input, in its own type."""
         x = x_BTE.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
         return (x * self.scale[...].astype(jnp.float32)[None, None, :]).astype(x_BTE.dtype)
@@ -64,6 +67,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BTE: Float[Array, "B T E"], rope: Rope, mask_BTT: Bool[Array, "B T T"]
     ) -> Float[Array, "B T E"]:
+        """What the heads read together, projected back."""
         q_BTHD = rotate(linear(x_BTE, self.q[...]), rope)
         k_BTKD = rotate(linear(x_BTE, self.k[...]), rope)
         v_BTKD = linear(x_BTE, self.v[...])
@@ -83,6 +87,7 @@ class GatedMLP(nnx.Module):
         self.down = _normal(rngs, (F, E), ("ffn", "embed"), 1 / math.sqrt(2 * spec.num_layers))
 
     def __call__(self, x_BTE: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """The MLP's output, token by token."""
         gate_BTF, up_BTF = linear(x_BTE, self.gate[...]), linear(x_BTE, self.up[...])
         return linear(jax.nn.silu(gate_BTF) * up_BTF, self.down[...])
 
@@ -100,6 +105,7 @@ class Layer(nnx.Module):
     def __call__(
         self, x_BTE: Float[Array, "B T E"], rope: Rope, mask_BTT: Bool[Array, "B T T"]
     ) -> Float[Array, "B T E"]:
+        """The residual stream after attention and MLP."""
         with jax.named_scope("attention"):
             x_BTE = x_BTE + self.attn(self.attn_norm(x_BTE), rope, mask_BTT)
         with jax.named_scope("mlp"):
@@ -270,9 +276,9 @@ class Decoder:
             x, inputs = jax.lax.scan(one_period, x, params["layers"])
             if inputs is not None:
                 collected.append(inputs.reshape(-1, *x.shape))
-        for i, tail_params in sorted(params.get("tail", {}).items()):
+        for i in range(spec.num_layers % len(spec.pattern)):
             collected.append(x[None])
-            x = run[spec.pattern[int(i)]](x, tail_params)
+            x = run[spec.pattern[i]](x, params["tail"][str(i)])
         hidden = _merged_norm(spec, params["norm"])(x)
         return hidden, jnp.concatenate(collected) if collect else None
 
@@ -298,10 +304,11 @@ def _split(module: nnx.Module) -> tuple[Params, Params]:
     state = nnx.state(module, nnx.Param)
     axes: Params = {}
     for path, param in nnx.to_flat_state(state):
+        *parents, last = map(str, path)
         node = axes
-        for name in path[:-1]:
+        for name in parents:
             node = node.setdefault(name, {})
-        node[path[-1]] = param.axes
+        node[last] = param.axes
     return nnx.to_pure_dict(state), axes
 
 

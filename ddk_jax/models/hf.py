@@ -330,6 +330,7 @@ def _write_weights(
             file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         tensors = {place.name: _to_hf(params, place, dtype) for place in shard}
         save_file(tensors, directory / file, metadata={"format": "pt"})
+        (directory / file).chmod(0o644)  # safetensors lets the owner alone read
         weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
         total = spec.num_parameters * dtype.itemsize

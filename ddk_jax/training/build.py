@@ -32,7 +32,7 @@ from ddk_jax.losses.objective import (
 )
 from ddk_jax.mixture.controllers import CONTROLLERS, Controller, Static
 from ddk_jax.mixture.gaps import GAPS
-from ddk_jax.models import hf
+from ddk_jax.models import families, hf
 from ddk_jax.models.decoder import Decoder
 from ddk_jax.models.spec import ModelSpec
 from ddk_jax.parallel.mesh import data_shards, make_mesh, param_shardings
@@ -218,6 +218,7 @@ class Job:
                     )
             size = teacher.vocab_size if teacher else self.manifest.tokenizer.vocab_size
             spec = replace(spec, vocab_size=spec.vocab_size or size)
+            families.config_from_spec(spec)  # refuse now what could not be exported later
         if teacher and spec.vocab_size != teacher.vocab_size:
             raise UserError(
                 f"the student has {spec.vocab_size} embeddings, the teacher "
@@ -399,6 +400,7 @@ class Job:
 
     def _check_tokens(self, path: str, who: str, spec: ModelSpec) -> None:
         """Refuse a model whose tokenizer gives other ids than the data's."""
+        tokens = self.manifest.tokenizer.vocab_size  # first of all: is there any data?
         directory = resolve_path(path)
         if (directory / "tokenizer.json").is_file():
             data = Tokenizer(resolve_path(self.config.data.dir) / "tokenizer")
@@ -407,8 +409,8 @@ class Job:
                     f"the {who}'s tokenizer ({path}) is not the data's "
                     f"({self.config.data.dir}/tokenizer): {'; '.join(differences)}"
                 )
-        if spec.vocab_size < self.manifest.tokenizer.vocab_size:
+        if spec.vocab_size < tokens:
             raise UserError(
                 f"the {who} ({path}) has {spec.vocab_size} embeddings, the data's tokenizer "
-                f"{self.manifest.tokenizer.vocab_size} tokens: prepare the data with its tokenizer"
+                f"{tokens} tokens: prepare the data with its tokenizer"
             )
