@@ -13,7 +13,7 @@ import pytest
 from ddk_jax.models.attention import attention
 from ddk_jax.models.decoder import causal_segment_mask
 
-QUICK = {"xla_backend_optimization_level": 0}
+QUICK: Any = {"xla_backend_optimization_level": 0}
 B, T, H, D = 2, 6, 4, 8
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -19,8 +19,9 @@ RESULT = DomainNats(np.array([1.5, 2.25, 1 / 3]), np.array([10.0, 20.0, 30.0]))
 
 def measured(*results: tuple[list[float], list[float]]) -> DomainNats:
     """`measure` over batches for which the step returns these totals and counts."""
-    queue = [DomainSums(*(np.asarray(x, np.float32) for x in result)) for result in results]
-    empty = Batch(*[np.zeros(0, np.int32)] * 4)  # type: ignore[arg-type]
+    arrays: list[Any] = [[np.asarray(x, np.float32) for x in result] for result in results]
+    queue = [DomainSums(total, count) for total, count in arrays]
+    empty = Batch(*[cast(Any, np.zeros(0, np.int32))] * 4)
     num_domains = len(results[0][0]) if results else 2
     return measure(lambda params, batch: queue.pop(0), None, [empty] * len(queue), num_domains)
 

@@ -24,7 +24,7 @@ from ddk_jax.parallel.mesh import (
 @pytest.mark.parametrize(
     ("asked", "sizes", "shards"),
     [
-        ((), (8, 1, 1), 8),
+        ((-1, 1, 1), (8, 1, 1), 8),
         ((-1, 2, 2), (2, 2, 2), 4),
         ((2, -1, 1), (2, 4, 1), 8),
         ((1, 1, -1), (1, 1, 8), 1),
@@ -32,7 +32,7 @@ from ddk_jax.parallel.mesh import (
     ],
 )
 def test_sizes(
-    asked: tuple[int, ...], sizes: tuple[int, ...], shards: int, devices: list[jax.Device]
+    asked: tuple[int, int, int], sizes: tuple[int, int, int], shards: int, devices: list[jax.Device]
 ) -> None:
     mesh = make_mesh(*asked)
     assert tuple(mesh.shape.items()) == tuple(zip(MESH_AXES, sizes, strict=True))
@@ -42,6 +42,7 @@ def test_sizes(
 
 
 def test_some_of_the_devices(devices: list[jax.Device]) -> None:
+    assert make_mesh().shape["data"] == 8
     assert make_mesh(devices=devices[:1]).size == 1
     mesh = make_mesh(-1, 1, 2, devices=devices[2:6])
     assert mesh.shape["data"] == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from ddk_jax.models.decoder import Decoder
 from ddk_jax.models.spec import ModelSpec
 from ddk_jax.training.optimizer import learning_rate, make_optimizer
 
-QUICK = {"xla_backend_optimization_level": 0}
+QUICK: Any = {"xla_backend_optimization_level": 0}
 STEPS, WARMUP = 12, 3
 CONFIG = OptimConfig(
     learning_rate=3e-3,
@@ -70,7 +71,7 @@ def tree(flat: dict[str, np.ndarray]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("clip_norm", [2.0, 0.0])
 def test_updates_equal_the_reference(clip_norm: float) -> None:
-    config = OptimConfig(**{**vars(CONFIG), "clip_norm": clip_norm})
+    config = dataclasses.replace(CONFIG, clip_norm=clip_norm)
     rng = np.random.default_rng(0)
     shapes = {"matrix": (2, 3, 4), "scale": (2, 3), "extra": (5,)}
     params = {name: rng.normal(size=shape) for name, shape in shapes.items()}
@@ -97,7 +98,7 @@ def test_updates_equal_the_reference(clip_norm: float) -> None:
 
 def test_the_schedule_at_its_corners() -> None:
     schedule = learning_rate(CONFIG, STEPS)
-    found = schedule(np.arange(STEPS + 5))
+    found = np.asarray(schedule(np.arange(STEPS + 5)))
     np.testing.assert_allclose(found, [rate(count) for count in range(STEPS + 5)], rtol=1e-6)
     np.testing.assert_allclose(found[0], CONFIG.learning_rate / WARMUP, rtol=1e-6)
     np.testing.assert_allclose(found[WARMUP - 1], CONFIG.learning_rate, rtol=1e-6)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ddk_jax.config import OptimConfig
 from ddk_jax.losses.objective import make_term
@@ -30,7 +30,7 @@ from ddk_jax.training.state import (
 )
 from ddk_jax.training.step import TrainStep, make_eval_step, make_train_step, predicted
 
-QUICK = {"xla_backend_optimization_level": 0}
+QUICK: Any = {"xla_backend_optimization_level": 0}
 """Compiler options for programs that take longer to compile than to run."""
 R, T, V, E, D = 8, 6, 16, 8, 3
 POISON = V - 1
@@ -196,7 +196,7 @@ class Setting(NamedTuple):
     step: TrainStep
     start: Callable[[], TrainState]
     teacher: Any
-    place: Callable[[Rows], Batch]
+    place: Callable[..., Batch]
 
 
 def setting(
@@ -397,27 +397,24 @@ def test_micro_batches_keep_the_order_of_the_rows() -> None:
     batch = place_batch(mesh, 4, *rows)
     assert batch.tokens.shape == (2, 4, T + 1)
     for placed, host in zip(batch, rows, strict=True):
-        assert placed.sharding.spec == PartitionSpec(None, ("data", "fsdp"))
+        assert placed.sharding == NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
         assert placed.dtype == np.int32
         np.testing.assert_array_equal(np.asarray(placed).reshape(host.shape), host)
 
 
 def test_moments_lie_where_their_parameters_lie() -> None:
-    mesh = make_mesh(2, 2, 2)
-    axes = {"student": BAG_AXES}["student"]
-    optimizer = make_optimizer(OPTIM, STEPS, axes)
+    optimizer = make_optimizer(OPTIM, STEPS, BAG_AXES)
     abstract = jax.eval_shape(lambda: initial_state(bag_params(0), {}, optimizer))
-    found = state_shardings(mesh, abstract, axes)
+    found = state_shardings(make_mesh(2, 2, 2), abstract, BAG_AXES)
     assert jax.tree.structure(found) == jax.tree.structure(abstract)
     student = found.params["student"]
     assert student["head"].spec == PartitionSpec("fsdp", "tensor")
-    (adam,) = [
-        s
-        for s in jax.tree.leaves(
-            found.opt_state, is_leaf=lambda node: isinstance(node, optax.ScaleByAdamState)
-        )
-        if isinstance(s, optax.ScaleByAdamState)
-    ]
+
+    def is_adam(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByAdamState)
+
+    nodes: list[Any] = jax.tree.leaves(found.opt_state, is_leaf=is_adam)
+    (adam,) = filter(is_adam, nodes)
     assert adam.mu == adam.nu == found.params
     assert adam.count.is_fully_replicated
 
@@ -446,10 +443,12 @@ MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "all": (2, 2, 2)}
 def decoder_params(decoder: Decoder, seed: int) -> Any:
     """Large enough that attention matters."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda x: rng.normal(0.0 if len(x.shape) > 2 else 1.0, 0.3, x.shape).astype(np.float32),
-        decoder.abstract(),
-    )
+
+    def leaf(path: Any, x: Any) -> np.ndarray:
+        mean = 1.0 if "norm" in jax.tree_util.keystr(path) else 0.0
+        return rng.normal(mean, 0.3, x.shape).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(leaf, decoder.abstract())
 
 
 @cache

@@ -71,9 +71,7 @@ class Attention(nnx.Module):
         q_BTHD = rotate(linear(x_BTE, self.q[...]), rope)
         k_BTKD = rotate(linear(x_BTE, self.k[...]), rope)
         v_BTKD = linear(x_BTE, self.v[...])
-        # Inside, jax promotes bfloat16 to float32 on purpose, which strict promotion refuses.
-        with jax.numpy_dtype_promotion("standard"):
-            out_BTHD = attention(q_BTHD, k_BTKD, v_BTKD, mask_BTT)
+        out_BTHD = attention(q_BTHD, k_BTKD, v_BTKD, mask_BTT)
         return linear(out_BTHD, self.o[...], contracted=2)
 
 
