@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -438,6 +439,7 @@ STUDENT = Decoder(
     )
 )
 MESHES = {"one": (1, 1, 1), "data": (8, 1, 1), "all": (2, 2, 2)}
+BATCHES = [random_rows(seed) for seed in range(3)]
 
 
 def decoder_params(decoder: Decoder, seed: int) -> Any:
@@ -452,21 +454,18 @@ def decoder_params(decoder: Decoder, seed: int) -> Any:
 
 
 @cache
-def decoders(name: str) -> Setting:
+def decoders(name: str, dtype: Any = jnp.float32) -> Setting:
     made = setting(
-        STUDENT,
+        replace(STUDENT, dtype=dtype),
         STUDENT.logical_axes(),
         partial(decoder_params, STUDENT),
-        TEACHER,
+        replace(TEACHER, dtype=dtype),
         TEACHER.logical_axes(),
         partial(decoder_params, TEACHER),
         MESHES[name],
         R,
     )
     return quickly_compiled(made)
-
-
-BATCHES = [random_rows(seed) for seed in range(3)]
 
 
 @cache
@@ -487,6 +486,17 @@ def test_a_mesh_gives_what_one_device_gives(name: str) -> None:
         assert want.grad_norm > 0.1
     for got, want in zip(*map(jax.tree.leaves, (found_state, state)), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-5)
+
+
+def test_bfloat16_activations_train_float32_parameters() -> None:
+    state, sums = decoder_run("one")
+    found_state, found_sums = run(decoders("one", jnp.bfloat16), BATCHES)
+    for got, want in zip(found_sums, sums, strict=True):
+        np.testing.assert_allclose(got.loss, want.loss, rtol=5e-3)
+        np.testing.assert_allclose(got.grad_norm, want.grad_norm, rtol=5e-2)
+        assert got.loss != want.loss
+    for got, want in zip(*map(jax.tree.leaves, (found_state, state)), strict=True):
+        assert got.dtype == want.dtype
 
 
 def test_what_stands_in_the_padding_has_no_influence() -> None:
