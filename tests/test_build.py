@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,12 @@ from ddk_jax.errors import DataError, StorageError, UserError
 from ddk_jax.mixture.controllers import DDK, DDKWithoutSmoothing, Static
 from ddk_jax.models import hf
 from ddk_jax.training.build import Job, compute_dtype, make_controller, make_objective
+
+
+@pytest.fixture(autouse=True)
+def quick_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with tiny.quick_programs(monkeypatch):
+        yield
 
 
 def job(root: Path, **changes: Any) -> Job:
@@ -100,7 +107,10 @@ def test_the_student_takes_the_vocabulary_of_teacher_or_tokenizer(tiny_root: Pat
     assert job(tiny_root, **alone).student.spec.vocab_size == tiny.VOCABULARY
 
 
-def test_the_initial_student_is_a_function_of_the_seed(tiny_root: Path) -> None:
+def test_the_initial_student_is_a_function_of_the_seed(
+    tiny_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.use_devices(monkeypatch, 1)
     first, again, other = (
         tiny.state_digest(job(tiny_root, **{"run.seed": seed}).initial_state().params)
         for seed in (0, 0, 1)
@@ -215,8 +225,9 @@ def test_the_prior_is_uniform_or_by_size(tiny_root: Path) -> None:
 
 
 def test_the_type_of_the_teacher_and_not_its_name_decides_what_is_measured_again(
-    tiny_root: Path, tmp_path: Path
+    tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tiny.use_devices(monkeypatch, 1)
     shutil.copytree(tiny_root / "data", tmp_path / "data")
     shutil.rmtree(tmp_path / "data" / "teacher_nats", ignore_errors=True)
     for held, results in (("auto", 1), ("float32", 1), ("bfloat16", 2)):

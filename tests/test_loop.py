@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,10 @@ NO_TEACHER = {
 
 
 @pytest.fixture(autouse=True)
-def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     tiny.use_devices(monkeypatch, 1)
+    with tiny.quick_programs(monkeypatch):
+        yield
 
 
 def messages(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -126,11 +129,11 @@ def test_the_mixture_follows_the_measured_gaps_by_the_paper_s_equations(finished
 
 def test_checkpoint_lines_and_directories(finished: Finished) -> None:
     lines = finished.of("checkpoint")
-    assert [line["step"] for line in lines] == [2, 4, 6, 8, 10, 12]
+    assert [line["step"] for line in lines] == [4, 8, 12]
     assert all(set(line) == {"event", "step", "timing"} for line in lines)
     assert all(has_timing(line, "seconds") for line in lines)
     kept = sorted(path.name for path in (finished.run_dir / "checkpoints").iterdir())
-    assert kept == ["10", "12"]
+    assert kept == ["12", "8"]
 
 
 def test_a_line_of_a_step_precedes_what_follows_from_it(finished: Finished) -> None:
@@ -423,7 +426,7 @@ def test_a_teacher_of_nan_ends_the_run_with_a_diagnosis(
 def test_a_learning_rate_that_is_far_too_large_never_reaches_a_checkpoint_as_nan(
     tiny_root: Path, tmp_path: Path
 ) -> None:
-    changes = {"optim.learning_rate": 1e37, "train.max_skipped_in_a_row": 3}
+    changes = {"optim.learning_rate": 1e30, "train.max_skipped_in_a_row": 3}
     config = tiny.config(tiny_root, tmp_path, **changes | {"optim.warmup_steps": 0})
     with pytest.raises(DivergedError, match="updates in a row were not finite"):
         train(config)

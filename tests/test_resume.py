@@ -31,6 +31,7 @@ from ddk_jax.training.lease import RunLease
 from ddk_jax.training.loop import train
 
 CHILD = Path(__file__).with_name("child_run.py")
+OFTEN = {"checkpoint.every_steps": 2}
 CHILD_SECONDS = 400
 """Patience with a child process, for a machine that is busy."""
 
@@ -55,8 +56,9 @@ class Interruptions:
 
 
 @pytest.fixture
-def interruptions(monkeypatch: pytest.MonkeyPatch) -> Interruptions:
-    return Interruptions(monkeypatch)
+def interruptions(monkeypatch: pytest.MonkeyPatch) -> Iterator[Interruptions]:
+    with tiny.quick_programs(monkeypatch):
+        yield Interruptions(monkeypatch)
 
 
 def assert_as_uninterrupted(
@@ -151,7 +153,7 @@ def test_broken_between_checkpoints_and_started_again(
 ) -> None:
     """Before there is any checkpoint; one step after one; right after an update was saved."""
     config = tiny.config(tiny_root, tmp_path)
-    for step in (2, 8, 9):
+    for step in (2, 7, 9):
         interruptions.at[step] = crash
         with pytest.raises(Crash):
             train(config)
@@ -159,7 +161,7 @@ def test_broken_between_checkpoints_and_started_again(
     train(config)
     assert_as_uninterrupted(config, finished, interruptions)
     orphans = (tmp_path / "metrics.jsonl.orphan").read_text().splitlines()
-    assert {json.loads(line)["step"] for line in orphans} >= {0, 7}
+    assert {json.loads(line)["step"] for line in orphans} >= {0, 5}
 
 
 def copy_unfinished(finished: Finished, tiny_root: Path, target: Path) -> Config:
@@ -198,10 +200,10 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     file.write_bytes(content)
     with caplog.at_level(logging.WARNING, logger="ddk_jax"):
         train(config)
-    assert sorted(interruptions.batches) == [11, 12]
+    assert sorted(interruptions.batches) == [9, 10, 11, 12]
     warnings = [record.getMessage() for record in caplog.records]
-    assert any("checkpoint 12" in x and "trying checkpoint 10" in x for x in warnings)
-    assert "trying checkpoint 10 instead" in (tmp_path / "run" / "log.txt").read_text()
+    assert any("checkpoint 12" in x and "trying checkpoint 8" in x for x in warnings)
+    assert "trying checkpoint 8 instead" in (tmp_path / "run" / "log.txt").read_text()
     assert (tmp_path / "run" / "checkpoints" / "12.corrupt").is_dir()
     assert_as_uninterrupted(config, finished)
 
@@ -244,7 +246,8 @@ def run_child(config: Config, *arguments: str) -> tuple[int, str]:
 @pytest.fixture(scope="module")
 def child_config(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A run that another process made without interruption."""
-    config = tiny.config(tiny_root, tmp_path_factory.mktemp("children") / "uninterrupted")
+    run_dir = tmp_path_factory.mktemp("children") / "uninterrupted"
+    config = tiny.config(tiny_root, run_dir, **OFTEN)
     code, output = run_child(config)
     assert code == 0, output
     return config
@@ -262,7 +265,7 @@ def test_killed_at_any_moment_and_started_again(
     child_config: Config, tiny_root: Path, tmp_path: Path
 ) -> None:
     """SIGKILL at six moments of one run, two of them within a save and one at an update."""
-    config = tiny.config(tiny_root, tmp_path / "run")
+    config = tiny.config(tiny_root, tmp_path / "run", **OFTEN)
     random = np.random.default_rng(2407)
     moments = [
         ("step 1/", 0.0),  # no checkpoint yet
@@ -292,7 +295,7 @@ def test_killed_at_any_moment_and_started_again(
 def test_sigterm_from_outside_saves_and_exits_with_0(
     child_config: Config, tiny_root: Path, tmp_path: Path
 ) -> None:
-    config = tiny.config(tiny_root, tmp_path / "run")
+    config = tiny.config(tiny_root, tmp_path / "run", **OFTEN)
     with child(config) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -313,7 +316,7 @@ def test_sigterm_from_outside_saves_and_exits_with_0(
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_another_process_is_refused_with_75(tiny_root: Path, tmp_path: Path) -> None:
-    config = tiny.config(tiny_root, tmp_path / "run")
+    config = tiny.config(tiny_root, tmp_path / "run", **OFTEN)
     with RunLease(tmp_path / "run"):
         code, output = run_child(config)
     assert code == 75

@@ -9,17 +9,19 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from ddk_jax.config import Config, from_plain
+from ddk_jax.config import Config, from_plain, to_plain
 from ddk_jax.data.pipeline import MixturePipeline, PipelineState
 from ddk_jax.data.prepare import prepare
 from ddk_jax.data.rows import HostBatch
@@ -32,6 +34,7 @@ from ddk_jax.training.build import Job
 from ddk_jax.training.checkpoint import read_latest
 from ddk_jax.training.loop import RunSummary, train
 from ddk_jax.training.metrics import read_metrics
+from ddk_jax.training.step import TrainStep, make_eval_step
 
 DOMAINS = ("words", "digits", "echo")
 """Their entropies differ, so a student soon learns one of them better than another."""
@@ -81,7 +84,13 @@ def write_tokenizer(directory: Path, *, swapped: bool = False) -> Path:
 
 def write_teacher(directory: Path, tokenizer: Path, *, seed: int = 1) -> Path:
     """A model directory of random weights."""
-    params = Decoder(spec=TEACHER).init(jax.random.key(seed))
+    random = np.random.default_rng(seed)
+    # Not `Decoder.init`, which takes ten seconds to compile.
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(0.02 * random.standard_normal(leaf.shape), jnp.float32),
+        Decoder(spec=TEACHER).abstract(),
+    )
+    params["norm"]["scale"] = jnp.ones_like(params["norm"]["scale"])
     hf.export(params, TEACHER, directory, tokenizer_dir=tokenizer, card="A random model.\n")
     return directory
 
@@ -123,7 +132,7 @@ def config(root: Path, run_dir: Path, **changes: Any) -> Config:
         "optim": {"learning_rate": 0.03, "final_learning_rate": 0.003, "warmup_steps": 2},
         "train": {"steps": STEPS, "rows_per_step": ROWS},
         "evaluation": {"rows_per_domain": 8, "batch_rows": 8},
-        "checkpoint": {"every_steps": 2},
+        "checkpoint": {"every_steps": 4},
     }
     for key, value in changes.items():
         *path, last = key.split(".")
@@ -192,7 +201,7 @@ class Finished(NamedTuple):
 def finish(root: Path, run_dir: Path) -> Finished:
     """Run `config(root, run_dir)` and watch it."""
     described = config(root, run_dir)
-    with pytest.MonkeyPatch.context() as monkeypatch:
+    with pytest.MonkeyPatch.context() as monkeypatch, quick_programs(monkeypatch):
         use_devices(monkeypatch, 1)
         batches: dict[int, HostBatch] = {}
         watch_batches(monkeypatch, batches.__setitem__)
@@ -213,6 +222,36 @@ def watch_batches(
         return batch, state
 
     monkeypatch.setattr(MixturePipeline, "__next__", watched)
+
+
+@contextmanager
+def quick_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make programs quickly, not quick programs: what a tiny run spends its time on.
+
+    XLA optimises little, and runs of one kind share the program of the train step. For whole
+    modules of tests, since bits compare between runs of the same programs only.
+    """
+    make, before = Job.train_step, jax.config.read("jax_disable_most_optimizations")
+
+    def shared(job: Job) -> TrainStep:
+        kind = to_plain(job.config)
+        relevant = [kind[name] for name in ("student", "teacher", "objective", "optim", "train")]
+        key = json.dumps([relevant, len(job.domains), job.mesh.size])
+        if key not in _train_steps:
+            _train_steps[key] = make(job)
+        return _train_steps[key]
+
+    monkeypatch.setattr(Job, "train_step", shared)
+    monkeypatch.setattr(build_module, "make_eval_step", _eval_step)
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+_train_steps: dict[str, TrainStep] = {}
+_eval_step = functools.cache(make_eval_step)
 
 
 def use_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:

@@ -131,6 +131,7 @@ class _Run:
         self.before: list[float | None] = []
         self.measured: tuple[int, DomainNats] | None = None
         self._pending: _Pending | None = None
+        self.waited = 0.0
         self._saved_step = -1
         self._advised = False
 
@@ -176,14 +177,14 @@ class _Run:
         """Dispatch a step; then, while it runs, report the one before."""
         waiting = time.monotonic()
         host, _ = next(self.pipeline)
-        waited = time.monotonic() - waiting
+        self.waited += time.monotonic() - waiting
         teacher = self.job.teacher
         batch = self.job.place(*host)
         self.state, sums = self.train_step(self.state, teacher.params if teacher else None, batch)
         self.step += 1
         self.tokens_per_domain = self.tokens_per_domain + _predicted(host, len(self.job.domains))
         self._report()
-        self._pending = _Pending(self.step, sums, self.tokens_per_domain, waited)
+        self._pending = _Pending(self.step, sums, self.tokens_per_domain)
         for saved in self.checkpoints.poll():
             self._saved(saved)
 
@@ -324,11 +325,18 @@ class _Run:
         pending, self._pending = self._pending, None
         sums = jax.device_get(pending.sums)
         now = time.monotonic()
-        seconds, self.clock = now - self.clock, now
-        speed = float(sums.tokens.sum()) / seconds
+        seconds, waited = now - self.clock, self.waited
+        self.clock, self.waited = now, 0.0
+        timing = StepTiming(
+            seconds=seconds,
+            tokens_per_second=float(sums.tokens.sum()) / seconds,
+            data_wait_seconds=waited,
+        )
         applied = pending.step - 1 - int(sums.skipped_before)
-        self.metrics.write(_step_event(self.job, pending, sums, self.schedule(applied), seconds))
-        self.progress.update(pending.step, loss=float(sums.loss), tokens_per_second=speed)
+        self.metrics.write(_step_event(self.job, pending, sums, self.schedule(applied), timing))
+        self.progress.update(
+            pending.step, loss=float(sums.loss), tokens_per_second=timing.tokens_per_second
+        )
         if sums.skipped:
             _log.warning("event=skipped step=%d: the update was not finite", pending.step)
         if int(sums.skipped_in_a_row) >= self.config.train.max_skipped_in_a_row:
@@ -369,17 +377,15 @@ class _Pending:
     step: int
     sums: StepSums
     tokens_per_domain: np.ndarray
-    data_wait_seconds: float
 
 
 def _step_event(
-    job: Job, pending: _Pending, sums: StepSums, rate: Any, seconds: float
+    job: Job, pending: _Pending, sums: StepSums, rate: Any, timing: StepTiming
 ) -> StepEvent:
     with np.errstate(divide="ignore", invalid="ignore"):
         by_domain = sums.term_total / sums.term_count
         means = sums.term_total.sum(axis=1) / sums.term_count.sum(axis=1)
     names = [term.name for term in job.objective]
-    tokens = sums.tokens.sum()
     return StepEvent(
         step=pending.step,
         tokens=pending.tokens_per_domain.sum(),
@@ -390,11 +396,7 @@ def _step_event(
         learning_rate=rate,
         grad_norm=sums.grad_norm,
         skipped=sums.skipped,
-        timing=StepTiming(
-            seconds=seconds,
-            tokens_per_second=float(tokens) / seconds,
-            data_wait_seconds=pending.data_wait_seconds,
-        ),
+        timing=timing,
     )
 
 

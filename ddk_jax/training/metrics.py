@@ -48,7 +48,7 @@ class StepTiming:
     tokens_per_second: float
     """Predicted tokens of this step over those seconds."""
     data_wait_seconds: float
-    """Part of those seconds in which the step waited for its batch."""
+    """Part of those seconds in which the loop waited for a batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
