@@ -321,6 +321,9 @@ def _check(config: Config) -> None:
     need(len(set(losses)) == len(losses), f"objective.terms: a loss is named twice in {losses}")
     for term in config.objective.terms:
         need(term.temperature > 0, f"objective term {term.loss}: temperature must be positive")
+        need(
+            term.weight > 0, f"objective term {term.loss}: weight must be positive; or leave it out"
+        )
     for axis, size in to_plain(config.mesh).items():
         need(size == -1 or size >= 1, f"mesh.{axis} = {size}: needs -1 or a number of devices")
     if problems:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +16,8 @@ from jaxtyping import Float64
 
 from ddk_jax.training.state import Batch
 from ddk_jax.training.step import EvalStep
+
+_log = logging.getLogger(__name__)
 
 
 class DomainNats(NamedTuple):
@@ -61,8 +64,11 @@ def cached(directory: Path, key: dict[str, Any], compute: Callable[[], DomainNat
     result = compute()
     if np.all(np.isfinite(result.nats)):
         stored = {"key": key, "nats": result.nats.tolist(), "tokens": result.tokens.tolist()}
-        directory.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.tmp")
-        partial.write_text(json.dumps(stored, indent=1))
-        partial.replace(path)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(stored, indent=1))
+            partial.replace(path)
+        except OSError as error:  # a read-only corpus: the next run measures again
+            _log.warning("%s: the measurement cannot be kept (%s)", directory, error.strerror)
     return result
