@@ -1,4 +1,4 @@
-"""The quickstart as a user runs it: what it writes, and that the student closes in on its teacher."""
+"""The quickstart as a user runs it: what it writes, and whether the gap to the teacher closes."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def test_the_student_closes_in_on_its_teacher(tmp_path: Path) -> None:
     assert "teacher: " in done.stdout and "student: " in done.stdout
 
     gap = run.mean_gap
+    assert gap is not None
     assert np.mean(np.diff(gap) < 0) >= 0.8
     assert gap[-1] <= 0.6 * gap[0]
     # The mixture was really steered: what was furthest behind at first is not at the end.
