@@ -289,9 +289,9 @@ def test_the_teacher_is_measured_once_for_all_runs(
 
 
 def test_training_without_a_teacher(tiny_root: Path, tmp_path: Path) -> None:
-    changes = {"mixture.prior": "natural", "mixture.interval_steps": 1, "train.steps": 2}
+    changes = {"mixture.prior": "natural", "mixture.interval_steps": 1, "train.max_intervals": 2}
     summary = train(tiny.config(tiny_root, tmp_path, **NO_TEACHER | changes))
-    assert summary.teacher_nats is None and summary.stop_reason == "steps"
+    assert summary.teacher_nats is None and summary.stop_reason == "intervals"
     lines = tiny.lasting_metrics(tmp_path)
     assert {line["teacher_nats"] for line in lines if line["event"] == "evaluation"} == {None}
     mixtures = [line for line in lines if line["event"] == "mixture"]
@@ -320,8 +320,8 @@ def with_teacher_nats(monkeypatch: pytest.MonkeyPatch, nats: float) -> None:
 
 
 def test_the_warm_up_keeps_the_prior(tiny_root: Path, tmp_path: Path) -> None:
-    changes = {"mixture.warmup_intervals": 2, "mixture.interval_steps": 1, "train.steps": 3}
-    train(tiny.config(tiny_root, tmp_path, **changes | {"optim.warmup_steps": 0}))
+    changes = {"mixture.warmup_intervals": 2, "mixture.interval_steps": 1}
+    train(tiny.config(tiny_root, tmp_path, **changes | {"train.max_intervals": 3}))
     lines = [x for x in tiny.lasting_metrics(tmp_path) if x["event"] == "mixture"]
     assert [line["step"] for line in lines] == [0, 1, 2]
     for line in lines[:2]:
@@ -337,7 +337,7 @@ def test_an_extreme_mixture_is_warned_of_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with_teacher_nats(monkeypatch, 0.1)  # the student's 5.5 nats are a ratio of e^5.4
-    changes = {"mixture.gap": "ppl_ratio", "mixture.interval_steps": 1, "train.steps": 3}
+    changes = {"mixture.gap": "ppl_ratio", "mixture.interval_steps": 1, "train.max_intervals": 3}
     with caplog.at_level(logging.WARNING, logger="ddk_jax"):
         train(tiny.config(tiny_root, tmp_path, **changes))
     (warning,) = [text for text in messages(caplog) if "mixture is extreme" in text]
@@ -353,7 +353,6 @@ def test_an_extreme_mixture_is_warned_of_once(
     [
         ({"train.max_tokens": 200}, "tokens", 2),
         ({"train.max_intervals": 1, "mixture.interval_steps": 3}, "intervals", 3),
-        ({"train.steps": 1, "optim.warmup_steps": 1}, "steps", 1),
     ],
 )
 def test_stop_conditions(
@@ -403,7 +402,7 @@ def test_a_teacher_of_nan_ends_the_run_with_a_diagnosis(
 ) -> None:
     teacher = broken_teacher(tiny_root, tmp_path / "teacher")
     changes = {"teacher.path": str(teacher), "train.max_skipped_in_a_row": 3}
-    config = tiny.config(tiny_root, tmp_path / "run", **changes)
+    config = tiny.config(tiny_root, tmp_path / "run", **changes | {"checkpoint.every_steps": 2})
     with pytest.raises(DivergedError) as caught:
         train(config)
     assert caught.value.exit_code == 70
@@ -427,7 +426,7 @@ def test_a_learning_rate_that_is_far_too_large_never_reaches_a_checkpoint_as_nan
     tiny_root: Path, tmp_path: Path
 ) -> None:
     changes = {"optim.learning_rate": 1e30, "train.max_skipped_in_a_row": 3}
-    config = tiny.config(tiny_root, tmp_path, **changes | {"optim.warmup_steps": 0})
+    config = tiny.config(tiny_root, tmp_path, **changes | {"checkpoint.every_steps": 1})
     with pytest.raises(DivergedError, match="updates in a row were not finite"):
         train(config)
     assert all(np.isfinite(leaf).all() for leaf in last_params(config, tmp_path))

@@ -131,10 +131,10 @@ def test_stopped_while_it_starts_and_while_it_measures(
 def test_told_to_stop_in_the_last_measurement_it_finishes(
     tiny_root: Path, tmp_path: Path, interruptions: Interruptions
 ) -> None:
-    changes = {"train.steps": 1, "optim.warmup_steps": 0}
+    changes = {"mixture.interval_steps": 1, "train.max_intervals": 1}
     interruptions.at[1] = terminate_self
     summary = train(tiny.config(tiny_root, tmp_path, **changes))
-    assert summary.stop_reason == "steps" and (tmp_path / "summary.json").is_file()
+    assert summary.stop_reason == "intervals" and (tmp_path / "summary.json").is_file()
 
 
 # Broken.

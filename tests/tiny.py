@@ -235,8 +235,8 @@ def quick_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def shared(job: Job) -> TrainStep:
         kind = to_plain(job.config)
-        relevant = [kind[name] for name in ("student", "teacher", "objective", "optim", "train")]
-        key = json.dumps([relevant, len(job.domains), job.mesh.size])
+        relevant = [kind[name] for name in ("student", "teacher", "objective", "optim")]
+        key = json.dumps([relevant, job.config.train.steps, len(job.domains), job.mesh.size])
         if key not in _train_steps:
             _train_steps[key] = make(job)
         return _train_steps[key]
