@@ -230,6 +230,7 @@ def test_the_tokens_of_a_step_are_those_of_its_rows(finished: Finished) -> None:
         assert line["tokens"] == total
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_losses_of_one(
     finished: Finished, tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
