@@ -280,8 +280,8 @@ def test_killed_at_any_moment_and_started_again(
         assert code == -signal.SIGKILL, output
         assert not (tmp_path / "run" / "summary.json").exists()
         if moment == "writing 6":
+            # Begun, not ended; what is there of it depends on how far the background was.
             assert max(saved_steps(tmp_path / "run")) == 4
-            assert len(list((tmp_path / "run" / "checkpoints").glob("6*tmp*"))) == 1
     code, output = run_child(config)
     assert code == 0, output
     assert "over from process" in output  # the lease of the one that was killed
