@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 from ddk_jax.config import load_config
@@ -47,6 +48,8 @@ def kill_while_writing(step: int) -> None:
     def save(path: str, *args: Any, **kwargs: Any) -> Any:
         response = original(path, *args, **kwargs)
         if path.endswith(f"/{step}"):
+            while not any(Path(path).parent.glob(f"{step}.*")):  # under its temporary name
+                pass
             kill_self()
         return response
 
