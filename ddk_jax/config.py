@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import importlib.resources
 import json
+import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -307,7 +308,8 @@ def _check(config: Config) -> None:
         f"{train.rows_per_step}, so that every forward pass has the same shape",
     )
     need(0 <= mixture.alpha <= 1, f"mixture.alpha = {mixture.alpha}: needs a share in [0, 1]")
-    need(optim.learning_rate > 0, f"optim.learning_rate = {optim.learning_rate}: must be positive")
+    rate = optim.learning_rate
+    need(0 < rate < math.inf, f"optim.learning_rate = {rate}: must be positive and finite")
     need(optim.eps > 0, f"optim.eps = {optim.eps}: must be positive")
     for name, beta in {"beta1": optim.beta1, "beta2": optim.beta2}.items():
         need(0 <= beta < 1, f"optim.{name} = {beta}: needs a value in [0, 1)")

@@ -423,10 +423,12 @@ def test_a_teacher_of_nan_ends_the_run_with_a_diagnosis(
         train(config)
 
 
+@pytest.mark.parametrize("rate", [1e30, 3e38])
 def test_a_learning_rate_that_is_far_too_large_never_reaches_a_checkpoint_as_nan(
-    tiny_root: Path, tmp_path: Path
+    tiny_root: Path, tmp_path: Path, rate: float
 ) -> None:
-    changes = {"optim.learning_rate": 1e30, "train.max_skipped_in_a_row": 3}
+    """The second makes an infinite update of finite gradients."""
+    changes = {"optim.learning_rate": rate, "train.max_skipped_in_a_row": 3}
     config = tiny.config(tiny_root, tmp_path, **changes | {"checkpoint.every_steps": 1})
     with pytest.raises(DivergedError, match="updates in a row were not finite"):
         train(config)
@@ -522,10 +524,25 @@ def test_other_data_under_the_same_name_is_refused(
     tree["domains"] = tree["domains"][::-1]
     manifest.write_text(json.dumps(tree))
     changes = {"data.dir": str(tmp_path / "data"), "data.domains": []}
-    with pytest.raises(UserError, match=r"is not the data that .* was trained on"):
+    with pytest.raises(UserError, match=r"not the data and the teacher that .* was trained on"):
         train(tiny.config(tiny_root, run_dir, **changes))
     with pytest.raises(DataError, match="run `ddk prepare`"):
         train(tiny.config(tiny_root, run_dir, **{"data.dir": str(tmp_path / "data")}))
+
+
+@pytest.mark.parametrize("what", ["data.dir", "teacher.path"])
+def test_other_content_under_the_same_names_is_refused(
+    finished: Finished, tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """The same settings, domains and shapes, but other documents, or another teacher."""
+    run_dir = copy_of(finished, tiny_root, tmp_path / "run")
+    if what == "data.dir":
+        other = dataclasses.replace(Job(finished.config).manifest, inputs_digest="other")
+        monkeypatch.setattr("ddk_jax.training.build.read_manifest", lambda _: other)
+    else:
+        monkeypatch.setattr("ddk_jax.models.hf.file_digest", lambda _: "other")
+    with pytest.raises(UserError, match=rf"the content of {what} has changed"):
+        train(tiny.config(tiny_root, run_dir, **{"run.log_every_steps": 2}))
 
 
 def test_a_directory_without_a_checkpoint_takes_any_config(tiny_root: Path, tmp_path: Path) -> None:

@@ -257,6 +257,7 @@ class _Run:
             "measured": None
             if self.measured is None
             else [self.measured[0], *(to_json(x) for x in self.measured[1])],
+            "inputs": self._inputs(),
             "digest": self.config.digest(),
         }
         self.checkpoints.save(self.step, self.state, host)
@@ -302,13 +303,22 @@ class _Run:
             },
         )
 
+    def _inputs(self) -> dict[str, str]:
+        """Digests of what the run learns from; a change would go unnoticed in the config."""
+        teacher = self.job.teacher
+        digests = {"data.dir": self.job.manifest.inputs_digest}
+        return digests if teacher is None else digests | {"teacher.path": teacher.digest}
+
     def _restore_host(self, host: dict[str, Any]) -> None:
+        then, now = host["inputs"], self._inputs()
         try:
+            if changed := [name for name in now if now[name] != then.get(name)]:
+                raise ValueError(f"the content of {' and '.join(changed)} has changed")
             self.pipeline.set_state(host["pipeline"])
         except ValueError as error:
             raise UserError(
-                f"{self.config.data.dir} is not the data that {self.run_dir} was trained on "
-                f"({error}): bring it back, or choose another run.dir"
+                f"this is not the data and the teacher that {self.run_dir} was trained on "
+                f"({error}): bring them back, or choose another run.dir"
             ) from error
         self.controller_state = ControllerState.from_json(host["controller"])
         self.tokens_per_domain = np.array(host["tokens_per_domain"], np.int64)
@@ -348,11 +358,11 @@ class _Run:
         first = (pending.step - skipped) * rows
         totals = sums.term_total.sum(axis=0)
         bad = [n for n, t in zip(self.job.domains, totals, strict=True) if not np.isfinite(t)]
-        where = f"the loss of {', '.join(bad)} is not finite" if bad else "a gradient is not finite"
+        what = f"the loss of {', '.join(bad)}" if bad else "a gradient or its update"
         return (
             f"diverged at step {pending.step}: {skipped} updates in a row were not finite "
-            f"({where}; rows {first} to {pending.step * rows - 1}). None of them was applied. "
-            "Lower optim.learning_rate, or look at these rows"
+            f"({what} is not finite; rows {first} to {pending.step * rows - 1}). None of them was "
+            "applied. Lower optim.learning_rate, or look at these rows"
         )
 
     def _warn(self) -> None:

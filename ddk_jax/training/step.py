@@ -55,8 +55,8 @@ def make_train_step(
     """Jit `(state, teacher_params, batch) -> (state, sums)`.
 
     The state is donated. Each term is averaged over its tokens in the whole batch, so the result
-    does not depend on the cut into micro-batches or shards. An update with a non-finite loss or
-    gradient leaves parameters and optimizer state untouched and is counted.
+    does not depend on the cut into micro-batches or shards. A non-finite loss, gradient or update
+    leaves parameters and optimizer state untouched and is counted.
     """
 
     def micro_loss(
@@ -106,9 +106,9 @@ def make_train_step(
         (loss, grads, sums), _ = jax.lax.scan(micro_step, carry, (batch, weights_MKBT))
 
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by integer counts
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        finite = jnp.all(jnp.isfinite(jnp.stack([loss, grad_norm, optax.tree.norm(updates)])))
         params = optax.apply_updates(state.params, updates)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old),
