@@ -14,6 +14,7 @@ import json as json_format
 import logging
 import os
 import sys
+import typing
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,9 +24,20 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from ddk_jax import __version__
-from ddk_jax.config import Config, DataConfig, DomainConfig, SourceConfig, load_config, suggest
+from ddk_jax.config import (
+    Config,
+    DataConfig,
+    DomainConfig,
+    OtherTeacherConfig,
+    ScheduleConfig,
+    SourceConfig,
+    TeacherConfig,
+    load_config,
+    suggest,
+)
 from ddk_jax.errors import StorageError, UserError
 
 _log = logging.getLogger(__name__)
@@ -224,9 +236,11 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 _CONFIGURED = ("prepare", "train", "doctor")
 
-# For --help without a file: a domain with a source, so that their fields are listed too.
+# For --help without a file: a domain with a source, so that their fields are listed too; likewise
+# a second teacher.
 _EXAMPLE = Config(
-    data=DataConfig(domains=(DomainConfig(name="NAME", sources=(SourceConfig(path="PATH"),)),))
+    data=DataConfig(domains=(DomainConfig(name="NAME", sources=(SourceConfig(path="PATH"),)),)),
+    teacher=TeacherConfig(path="PATH", others=(OtherTeacherConfig(path="PATH"),)),
 )
 
 
@@ -288,7 +302,26 @@ def parse(name: str, words: list[str]) -> Callable[[], None]:
         usage += " [CONFIG]" if name == "doctor" else " CONFIG"
         config, words = _read_config(usage, words)
         bind = functools.partial(bind, config=config)
-    return tyro.cli(bind, args=words, prog=usage)
+    return tyro.cli(bind, args=words, prog=usage, registry=_numbers())
+
+
+def _numbers() -> ConstructorRegistry:
+    """What may be a number or a schedule is a number here; schedules are for YAML."""
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def number_or_schedule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
+        if ScheduleConfig not in typing.get_args(info.type):
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="FLOAT",
+            instance_from_str=lambda words: float(words[0]),
+            is_instance=lambda value: isinstance(value, int | float | ScheduleConfig),
+            str_from_instance=lambda value: [str(value)],
+        )
+
+    return registry
 
 
 def _read_config(usage: str, words: list[str]) -> tuple[Config, list[str]]:

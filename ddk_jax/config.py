@@ -12,11 +12,12 @@ import hashlib
 import importlib.resources
 import json
 import math
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 
@@ -85,6 +86,18 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OtherTeacherConfig:
+    """One more teacher."""
+
+    path: str
+    """Hugging Face model directory."""
+    weight: float = 1.0
+    """Its weight among the teachers."""
+    domains: dict[str, float] = field(default_factory=dict)
+    """Its weight in the domains named here, instead of `weight`."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     """The frozen model that is distilled."""
 
@@ -92,6 +105,15 @@ class TeacherConfig:
     """Hugging Face model directory. Empty: no teacher, for training on labels alone."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type that the weights are held in; `auto` is the compute type."""
+    weight: float = 1.0
+    """Weight of this teacher where there are others."""
+    domains: dict[str, float] = field(default_factory=dict)
+    """Its weight in the domains named here, instead of `weight`."""
+    others: tuple[OtherTeacherConfig, ...] = ()
+    """Further teachers with the same tokenizer. The student learns from the mixture of them all:
+    the sum of their probabilities times their weights, which are normalised at every token."""
+    by_confidence: bool = False
+    """Divide the weight of a teacher at a token by 1 + its cross-entropy there (MT-BERT)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,24 +124,48 @@ class StudentConfig:
     """Hugging Face model directory to start from. Empty: random values in the shape of `spec`."""
     spec: ModelSpec = field(default_factory=ModelSpec)
     """Shape of a randomly initialised student; unused when `path` is given."""
+    frozen: bool = False
+    """Leave the student as it is, and train the learned parameters of the objective alone."""
     remat: Literal["none", "full", "dots"] = "none"
     """What the backward pass recomputes: nothing, every layer, or all but its matrix products."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """A number that moves from one value to another over the steps of a run."""
+
+    kind: Literal["linear", "cosine"] = "linear"
+    """A straight line, or half a cosine wave: slow at both ends."""
+    start: float
+    """Value up to `first_step`."""
+    end: float
+    """Value from `last_step` on."""
+    first_step: int = 0
+    """Finished steps at which it begins to move."""
+    last_step: int
+    """Finished steps at which it arrives."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TermConfig:
-    """One term of the objective."""
+    """One term of the objective. Other keys are settings of the loss, such as `k` of `bild`."""
 
     loss: str
-    """Name of the divergence: `cross_entropy`, `forward_kl`."""
-    weight: float = 1.0
-    """Factor of the term's mean nats per token."""
-    temperature: float = 1.0
-    """Softmax temperature of teacher and student; unused by `cross_entropy`."""
+    """Name of the loss; `docs/losses.md` lists them with their settings."""
+    name: str = ""
+    """Name in metrics and figures, for a loss that is there twice. Default: that of the loss."""
+    weight: float | ScheduleConfig = 1.0
+    """Factor of the term's mean nats per token: a number, or a schedule."""
+    temperature: float | ScheduleConfig = 1.0
+    """Softmax temperature of teacher and student, likewise; of losses that have one."""
     temperature_squared: bool = False
     """Multiply the term by the squared temperature (Hinton et al. 2015)."""
     roles: Literal["all", "prompt", "response"] = "all"
     """Tokens that the term is averaged over; plain text has the role `prompt`."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of the loss. In YAML they stand beside the other keys of the term."""
+
+    OTHER_KEYS: ClassVar[str] = "settings"
 
 
 def _paper_terms() -> tuple[TermConfig, ...]:
@@ -134,9 +180,10 @@ class ObjectiveConfig:
     """What the step minimises: a weighted sum of terms. The default is DDK's equation 3."""
 
     terms: tuple[TermConfig, ...] = field(default_factory=_paper_terms)
-    """The terms; each loss is named once."""
-    chunk_tokens: int = 1024
-    """Tokens whose logits exist at one time; bounds the memory of the loss."""
+    """The terms; their names differ."""
+    logits_mib: float = 1200.0
+    """Float32 logits of one model that exist at one time on a device, in MiB: decides how many
+    tokens the heads and the losses take at once (at most 2,048: more gains nothing)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,7 +310,6 @@ _LEAST = {
     "run.log_every_steps": 1,
     "data.seq_len": 1,
     "data.max_rejected_fraction": 0,
-    "objective.chunk_tokens": 1,
     "mixture.interval_steps": 1,
     "mixture.warmup_intervals": 0,
     "optim.final_learning_rate": 0,
@@ -318,18 +364,41 @@ def _check(config: Config) -> None:
         f"optim.warmup_steps = {optim.warmup_steps} is longer than the run (train.steps = "
         f"{train.steps})",
     )
-    losses = [term.loss for term in config.objective.terms]
-    need(bool(losses), "objective.terms: needs at least one term")
-    need(len(set(losses)) == len(losses), f"objective.terms: a loss is named twice in {losses}")
-    for term in config.objective.terms:
-        need(term.temperature > 0, f"objective term {term.loss}: temperature must be positive")
-        need(
-            term.weight > 0, f"objective term {term.loss}: weight must be positive; or leave it out"
-        )
+    names = [term.name or term.loss for term in config.objective.terms]
+    need(bool(names), "objective.terms: needs at least one term")
+    need(
+        len(set(names)) == len(names),
+        f"objective.terms: two terms have one name in {names}: give them a `name` each",
+    )
+    need(config.objective.logits_mib > 0, "objective.logits_mib: must be positive")
+    for teacher in (config.teacher, *config.teacher.others):
+        for key, weight in {"weight": teacher.weight, **teacher.domains}.items():
+            need(0 <= weight < math.inf, f"teacher {teacher.path}: {key} = {weight}: not a weight")
+    need(
+        bool(config.teacher.path) or not config.teacher.others,
+        "teacher.others: name the first teacher in teacher.path",
+    )
+    for name, term in zip(names, config.objective.terms, strict=True):
+        for key, value in {"weight": term.weight, "temperature": term.temperature}.items():
+            for problem in _number_problems(value, may_vanish=key == "weight"):
+                need(False, f"objective term {name}: {key} {problem}")
     for axis, size in to_plain(config.mesh).items():
         need(size == -1 or size >= 1, f"mesh.{axis} = {size}: needs -1 or a number of devices")
     if problems:
         raise UserError("; ".join(problems))
+
+
+def _number_problems(value: float | ScheduleConfig, *, may_vanish: bool) -> list[str]:
+    """What is wrong with a weight or a temperature; a scheduled weight may reach 0."""
+    if not isinstance(value, ScheduleConfig):
+        return [] if 0 < value < math.inf else ["must be positive; or leave the term out"]
+    problems = []
+    for end in (value.start, value.end):
+        if not (0 <= end < math.inf if may_vanish else 0 < end < math.inf):
+            problems.append(f"reaches {end}: must be {'at least 0' if may_vanish else 'positive'}")
+    if not 0 <= value.first_step < value.last_step:
+        problems.append(f"ends at step {value.last_step}, before it begins ({value.first_step})")
+    return problems
 
 
 def resolve_path(path: str) -> Path:
@@ -379,7 +448,11 @@ def save_config(config: Config, path: Path) -> None:
 def to_plain(value: Any) -> Any:
     """Dataclasses and tuples as dicts and lists, ready for YAML and JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        plain = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        other: Any = plain.pop(getattr(value, "OTHER_KEYS", ""), {})
+        return plain | other
+    if isinstance(value, dict):
+        return {key: to_plain(item) for key, item in value.items()}
     if isinstance(value, tuple):
         return [to_plain(item) for item in value]
     return value
@@ -395,12 +468,21 @@ def from_plain(kind: Any, value: Any, where: str = "") -> Any:
     """
     if dataclasses.is_dataclass(kind):
         return _dataclass_from_plain(kind, value, where)
+    if isinstance(kind, types.UnionType):
+        return _union_from_plain(typing.get_args(kind), value, where)
+    if kind is Any:
+        return value
     origin = typing.get_origin(kind)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise UserError(f"{where}: needs a list, got {value!r}")
         item = typing.get_args(kind)[0]
         return tuple(from_plain(item, v, f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+            raise UserError(f"{where}: needs names and values, got {value!r}")
+        item = typing.get_args(kind)[1]
+        return {key: from_plain(item, v, f"{where}.{key}") for key, v in value.items()}
     if origin is Literal:
         choices = typing.get_args(kind)
         if value not in choices:
@@ -418,11 +500,23 @@ def from_plain(kind: Any, value: Any, where: str = "") -> Any:
     return value
 
 
+def _union_from_plain(kinds: Sequence[Any], value: Any, where: str) -> Any:
+    """Keys and values are the dataclass among the kinds, everything else the first of them."""
+    if isinstance(value, Mapping):
+        kinds = [kind for kind in kinds if dataclasses.is_dataclass(kind)] or kinds
+    return from_plain(kinds[0], value, where)
+
+
 def _dataclass_from_plain(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         raise UserError(f"{where or 'the file'}: needs keys and values, got {value!r}")
-    hints = typing.get_type_hints(kind)
+    hints = {f.name: typing.get_type_hints(kind)[f.name] for f in dataclasses.fields(kind)}
     prefix = f"{where}." if where else ""
+    other = getattr(kind, "OTHER_KEYS", None)
+    if other is not None:
+        own = {key: item for key, item in value.items() if key in hints and key != other}
+        rest = {key: item for key, item in value.items() if key not in own}
+        value, hints = own | {other: rest}, hints | {other: Any}
     for key in value:
         if key not in hints:
             raise UserError(f"unknown key {prefix}{key}: {suggest(str(key), list(hints))}")

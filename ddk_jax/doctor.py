@@ -22,7 +22,7 @@ from ddk_jax.data.shards import TOKENIZER
 from ddk_jax.data.tokenize import Tokenizer, same_tokens
 from ddk_jax.errors import UserError
 from ddk_jax.inspection import size_text
-from ddk_jax.losses.objective import needs_teacher
+from ddk_jax.losses.objective import needs_teacher, term_factors
 from ddk_jax.training.build import Job
 from ddk_jax.training.rundir import PACKAGES
 
@@ -163,7 +163,8 @@ def _hub_token() -> Check:
 
 def _settings(job: Job) -> Check:
     """The names in the config, and whether rows and devices fit each other."""
-    terms = " + ".join(f"{term.weight:g} {term.name}" for term in job.objective)
+    factors = term_factors(job.objective, jnp.int32(0))
+    terms = " + ".join(f"{w:g} {t.name}" for w, t in zip(factors, job.objective, strict=True))
     shape = " x ".join(f"{name} {size}" for name, size in job.mesh.shape.items())
     controller = f"{job.controller.name} on {job.config.mixture.gap}"
     value = f"{terms}; controller {controller}; mesh {shape}; {job.micro_rows} rows at a time"
@@ -198,8 +199,8 @@ def _tokenizers(job: Job) -> Check:
 def _models(job: Job) -> Check:
     """What `ddk train` refuses before it starts."""
     job.check()
-    specs = {"student": job.student.spec, "teacher": job.teacher_spec}
-    said = [f"{who} of {spec.num_parameters:,} parameters" for who, spec in specs.items() if spec]
+    models = [("student", job.student.spec), *(("teacher", spec) for spec in job.teacher_specs)]
+    said = [f"{who} of {spec.num_parameters:,} parameters" for who, spec in models]
     return Check("models", True, ", ".join(said), "")
 
 
@@ -209,14 +210,15 @@ def _memory_estimate(job: Job) -> Check:
     Student: float32 parameters, gradient and two moments. Teacher: its parameters. One chunk of
     logits, float32: student, gradient, and teacher where the objective asks for it.
     """
-    config, student, teacher = job.config, job.student.spec, job.teacher_spec
+    student = job.student.spec
     shards = job.mesh.shape["fsdp"] * job.mesh.shape["tensor"]
     parts = {"student and optimizer": _TRAINING_BYTES * student.num_parameters / shards}
-    if teacher is not None:
+    if job.teacher_specs:
         itemsize = jnp.dtype(job.teacher_dtype).itemsize
-        parts["teacher"] = itemsize * teacher.num_parameters / shards
-    copies = 2 + needs_teacher(job.objective)
-    parts["one chunk of logits"] = copies * 4 * config.objective.chunk_tokens * student.vocab_size
+        parameters = sum(spec.num_parameters for spec in job.teacher_specs)
+        parts["teacher"] = itemsize * parameters / shards
+    copies = 2 + len(job.teacher_specs) * needs_teacher(job.objective)
+    parts["one chunk of logits"] = copies * 4 * job.plan.tokens * student.vocab_size
     total = sum(parts.values())
     limit = _device_memory() or _host_memory() / jax.local_device_count()
     said = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
@@ -224,7 +226,7 @@ def _memory_estimate(job: Job) -> Check:
     advice = (
         ""
         if total < limit
-        else "raise mesh.fsdp, hold the teacher in bfloat16, or lower objective.chunk_tokens"
+        else "raise mesh.fsdp, hold the teacher in bfloat16, or lower objective.logits_mib"
     )
     return Check("memory estimate", total < limit, value, advice)
 

@@ -14,10 +14,13 @@ import numpy as np
 import pytest
 import tiny
 
+from ddk_jax.config import TermConfig, from_plain
 from ddk_jax.errors import DataError, StorageError, UserError
+from ddk_jax.losses.objective import check_terms, term_factors
 from ddk_jax.mixture.controllers import DDK, DDKWithoutSmoothing, Static
 from ddk_jax.models import hf
-from ddk_jax.training.build import Job, compute_dtype, make_controller, make_objective
+from ddk_jax.training.build import Job, compute_dtype, make_controller
+from ddk_jax.training.terms import make_objective
 
 
 @pytest.fixture(autouse=True)
@@ -71,13 +74,35 @@ def test_the_objective_has_the_config_s_terms(tiny_root: Path) -> None:
             ]
         },
     ).config.objective.terms
-    cross_entropy, forward_kl = make_objective(terms)
-    assert (cross_entropy.name, cross_entropy.weight, cross_entropy.roles) == (
-        *("cross_entropy", 1.0, "response"),
-    )
-    assert (forward_kl.name, forward_kl.weight, forward_kl.needs_teacher) == (
-        *("forward_kl", 0.5 * 4, True),
-    )
+    objective = make_objective(terms)
+    assert [term.name for term in objective] == ["cross_entropy", "forward_kl"]
+    assert [term.roles for term in objective] == ["response", "all"]
+    assert [term.needs_teacher for term in objective] == [False, True]
+    np.testing.assert_allclose(term_factors(objective, jnp.int32(5)), [1.0, 0.5 * 4])
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("linear", [2.0, 2.0, 1.5, 0.5, 0.0, 0.0]),
+        ("cosine", [2.0, 2.0, 1.707107, 0.292893, 0.0, 0]),
+    ],
+)
+def test_a_schedule_moves_between_its_steps(kind: str, expected: list[float]) -> None:
+    weight = {"kind": kind, "start": 2, "end": 0, "first_step": 2, "last_step": 10}
+    term = from_plain(TermConfig, {"loss": "forward_kl", "weight": weight})
+    steps = (0, 2, 4, 8, 10, 99)
+    found = [term_factors(make_objective([term]), jnp.int32(step))[0] for step in steps]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_settings_of_a_loss_stand_beside_its_other_keys() -> None:
+    (term,) = make_objective([from_plain(TermConfig, {"loss": "bild", "k": 4, "lead": "teacher"})])
+    assert term.loss.keywords == {"k": 4, "lead": "teacher"}  # type: ignore[attr-defined]
+    wrong = {"leed": ("both", "did you mean lead"), "k": (1, "k must be at least 3")}
+    for key, (value, message) in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            check_terms(make_objective([from_plain(TermConfig, {"loss": "bild", key: value})]))
 
 
 def test_the_compute_type_on_the_cpu() -> None:
@@ -91,9 +116,9 @@ def test_the_compute_type_on_the_cpu() -> None:
 )
 def test_types_of_the_models(tiny_root: Path, compute: str, held: str, expected: str) -> None:
     made = job(tiny_root, **{"run.compute_dtype": compute, "teacher.dtype": held})
-    assert made.teacher is not None
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(made.teacher.params)} == {expected}
-    assert made.teacher.decoder.dtype == made.student.dtype == jnp.dtype(compute)
+    (teacher,) = made.teachers
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(teacher.params)} == {expected}
+    assert teacher.decoder.dtype == made.student.dtype == jnp.dtype(compute)
     abstract = made.abstract_state().params["student"]
     assert {leaf.dtype.name for leaf in jax.tree.leaves(abstract)} == {"float32"}
 
@@ -130,7 +155,10 @@ def test_a_student_from_a_directory_starts_with_its_values(tiny_root: Path) -> N
     ("changes", "message"),
     [
         ({"student.spec.hidden_size": 0}, r"student\.spec\.hidden_size is missing"),
-        ({"student.spec.vocab_size": 300}, "300 embeddings, the teacher 257"),
+        (
+            {"student.spec.vocab_size": 200},
+            r"200 embeddings, the tokenizer 257 tokens: set student\.spec\.vocab_size to 0",
+        ),
         (
             {"student.spec.vocab_size": 200, "teacher.path": ""}
             | {"mixture.controller": "static", "objective.terms": [{"loss": "cross_entropy"}]},

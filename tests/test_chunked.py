@@ -1,4 +1,4 @@
-"""Losses against a dense reference in float64, and the laws that they keep."""
+"""Heads and losses by chunks against a dense reference in float64, and the laws that they keep."""
 
 from __future__ import annotations
 
@@ -18,18 +18,35 @@ from hypothesis.extra import numpy as hnp
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ddk_jax.losses.chunked import LossInputs, chunked_objective, sharded_objective
-from ddk_jax.losses.divergences import ChunkView, cross_entropy, forward_kl
-from ddk_jax.losses.objective import Objective, make_term, needs_teacher, term_weights
+from ddk_jax.losses.chunked import (
+    ChunkPlan,
+    LossInputs,
+    chunk_tokens,
+    chunked_objective,
+    sharded_objective,
+)
+from ddk_jax.losses.objective import (
+    Objective,
+    check_terms,
+    constant,
+    make_term,
+    needs_teacher,
+    temperatures,
+    term_factors,
+    term_weights,
+)
 from ddk_jax.losses.sums import domain_sums, masked_sum
-from ddk_jax.losses.targets import TeacherTargets
-from ddk_jax.parallel.mesh import DATA_AXES, make_mesh, param_shardings
+from ddk_jax.losses.targets import Head, TeacherTargets, fit
+from ddk_jax.parallel.mesh import DATA_AXES, VOCAB_AXIS, make_mesh, param_shardings
 
 QUICK: Any = {"xla_backend_optimization_level": 0}
 """Compiler options for programs that take longer to compile than to run."""
 B, T, E, E_T, V = 3, 5, 7, 6, 11
 CHUNKS = (1, 4, 5, 64)
 """One token, not dividing the 15 tokens, dividing them, and more than there are."""
+
+
+FOUR = ChunkPlan(tokens=4)
 
 
 class Kind(NamedTuple):
@@ -42,8 +59,15 @@ class Kind(NamedTuple):
 
 OBJECTIVE: Objective = (
     make_term("cross_entropy"),
-    make_term("forward_kl", weight=0.2, temperature=2.0, temperature_squared=True, roles="prompt"),
-    make_term("forward_kl", weight=0.7, temperature=0.5, roles="response"),
+    make_term(
+        "forward_kl",
+        name="of prompts",
+        weight=0.2,
+        temperature=2.0,
+        temperature_squared=True,
+        roles="prompt",
+    ),
+    make_term("forward_kl", name="of responses", weight=0.7, temperature=0.5, roles="response"),
 )
 KINDS = (
     Kind(None, 1.0, (1, 2)),
@@ -127,15 +151,23 @@ def dense(p: Problem, kinds: tuple[Kind, ...]) -> Answer:
     return Answer(float(np.sum(scale * nats)), nats, d_hidden, d_head)
 
 
+def inputs_of(
+    teacher: TeacherTargets | None, labels: Any, role: Any, scale: Any, objective: Objective
+) -> LossInputs:
+    draw = jnp.arange(labels.size, dtype=jnp.uint32).reshape(labels.shape)
+    return LossInputs(teacher, labels, role, draw, scale, temperatures(objective, jnp.int32(0)))
+
+
 def placed(
     p: Problem, kinds: tuple[Kind, ...], dtype: Any = np.float32
 ) -> tuple[jax.Array, jax.Array, LossInputs]:
     """The arguments of `chunked_objective`."""
     hidden, head, teacher_hidden, teacher_head = (jnp.asarray(x.astype(dtype)) for x in p[:4])
-    teacher = TeacherTargets(teacher_hidden, teacher_head)
+    teacher = TeacherTargets((teacher_hidden,), (Head(teacher_head),))
     labels, role = (jnp.asarray(x.astype(np.int32)) for x in (p.labels, p.role))
     scale = jnp.asarray(scales(p, kinds).astype(np.float32))
-    return hidden, head, LossInputs(teacher, labels, role, scale)
+    objective = OBJECTIVE if kinds is KINDS else DDK
+    return hidden, head, inputs_of(teacher, labels, role, scale, objective)
 
 
 @partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
@@ -148,7 +180,8 @@ def value_and_gradient(
     factor: jax.Array,
 ) -> Any:
     def scaled(hidden: jax.Array, head: jax.Array) -> Any:
-        value, nats = chunked_objective(hidden, head, inputs, objective, chunk)
+        plan = ChunkPlan(tokens=chunk)
+        value, nats = chunked_objective(hidden, Head(head), inputs, objective, plan)
         return factor * value, nats
 
     return jax.value_and_grad(scaled, argnums=(0, 1), has_aux=True)(hidden, head)
@@ -233,8 +266,8 @@ def test_nothing_flows_into_the_teacher_or_out_of_the_nats() -> None:
     def gradients(teacher: TeacherTargets, hidden: jax.Array) -> jax.Array:
         detached = jax.lax.stop_gradient(hidden)
         read = inputs._replace(teacher=teacher)
-        value, _ = chunked_objective(detached, head, read, DDK, 4)
-        _, nats = chunked_objective(hidden, head, inputs, DDK, 4)
+        value, _ = chunked_objective(detached, Head(head), read, DDK, FOUR)
+        _, nats = chunked_objective(hidden, Head(head), inputs, DDK, FOUR)
         return value + jnp.sum(nats)
 
     assert inputs.teacher is not None
@@ -320,6 +353,135 @@ def test_what_is_not_finite_at_a_token_that_counts_is_seen(whose: str) -> None:
     assert np.isnan(found.d_head).any()
 
 
+# Heads and teachers
+
+
+def logits_problem(
+    student: np.ndarray, teachers: list[np.ndarray], labels: np.ndarray, weights: Any = None
+) -> tuple[Head, LossInputs]:
+    """Rows of one token whose hidden states select a row of given logits."""
+    rows, objective = len(student), DDK
+    ones, role = jnp.ones((2, rows, 1)), jnp.ones((rows, 1), jnp.int32)
+    heads = tuple(Head(jnp.asarray(t, jnp.float32)) for t in teachers)
+    if weights is not None:
+        weights = jnp.asarray(weights, jnp.float32)[:, :, None]
+    targets = TeacherTargets((selectors(rows),) * len(heads), heads, weights)
+    label = jnp.asarray(labels, jnp.int32)[:, None]
+    return Head(jnp.asarray(student, jnp.float32)), inputs_of(targets, label, role, ones, objective)
+
+
+def selectors(rows: int) -> jax.Array:
+    return jnp.eye(rows)[:, None, :]
+
+
+def nats_of(head: Head, inputs: LossInputs, **plan: Any) -> np.ndarray:
+    """Cross-entropy and forward KL of every row."""
+    hidden = selectors(head.kernel.shape[0])
+    _, nats = chunked_objective(hidden, head, inputs, DDK, ChunkPlan(tokens=2, **plan))
+    return np.asarray(nats)[:, :, 0]
+
+
+def test_bias_and_soft_cap_of_a_head() -> None:
+    rng = np.random.default_rng(0)
+    student, teacher, bias = rng.normal(size=(3, V)), rng.normal(size=(3, V)), rng.normal(size=V)
+    labels = np.array([0, 4, 10])
+    head, inputs = logits_problem(student, [teacher], labels)
+    head = head._replace(bias=jnp.asarray(bias, jnp.float32), softcap=jnp.float32(1.5))
+    hidden = selectors(3)
+
+    @partial(jax.jit, compiler_options=QUICK)
+    @partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def chunked(hidden: jax.Array, head: Head) -> Any:
+        return chunked_objective(hidden, head, inputs, DDK, ChunkPlan(tokens=2))
+
+    def value(student: np.ndarray, bias: np.ndarray) -> float:
+        log_q = log_softmax(1.5 * np.tanh((student + bias) / 1.5))
+        log_p = log_softmax(teacher)
+        return -log_q[range(3), labels].sum() + np.sum(np.exp(log_p) * (log_p - log_q))
+
+    (found, _), (_, gradient) = chunked(hidden, head)
+    np.testing.assert_allclose(found, value(student, bias), rtol=1e-5)
+    for where in [(0, 0), (1, 4), (2, 7)]:
+        step = np.zeros_like(student)
+        step[where] = 1e-5
+        slope = (value(student + step, bias) - value(student - step, bias)) / 2e-5
+        np.testing.assert_allclose(gradient.kernel[where], slope, rtol=1e-4, atol=1e-6)
+    step = 1e-5 * (np.arange(V) == 4)
+    slope = (value(student, bias + step) - value(student, bias - step)) / 2e-5
+    np.testing.assert_allclose(gradient.bias[4], slope, rtol=1e-4)
+    assert gradient.softcap == 0
+
+
+@pytest.mark.parametrize("shards", [1, 8])
+def test_padding_columns_are_no_tokens(shards: int, devices: list[jax.Device]) -> None:
+    """Whatever stands there, and however many there are in either head."""
+    rng = np.random.default_rng(1)
+    student, teacher = rng.normal(size=(2, 4, 10))
+    labels = np.array([0, 4, 9, 9])
+    expected = nats_of(*logits_problem(student, [teacher], labels))
+    wide, wider = (
+        np.pad(x, ((0, 0), (0, n)), constant_values=50.0) for x, n in ((student, 3), (teacher, 7))
+    )
+    head, inputs = logits_problem(wide, [wider], labels)
+    mesh = make_mesh(1, 1, shards, devices=devices[:shards])
+
+    @jax.jit
+    def nats(head: Head, inputs: LossInputs) -> Any:
+        plan = ChunkPlan(tokens=2, vocab_size=10)
+        axes: Any = {"mesh": mesh, "data_axes": DATA_AXES, "vocab_axis": VOCAB_AXIS}
+        return sharded_objective(selectors(4), head, inputs, DDK, plan, **axes)[1]
+
+    np.testing.assert_allclose(nats(head, inputs)[:, :, 0], expected, rtol=1e-5)
+    same_width, inputs = logits_problem(wide, [np.pad(teacher, ((0, 0), (0, 3)))], labels)
+    np.testing.assert_allclose(nats_of(same_width, inputs, vocab_size=10), expected, rtol=1e-5)
+
+
+def test_fit_cuts_and_pads_columns() -> None:
+    head = Head(jnp.ones((2, 5)), jnp.arange(5.0))
+    np.testing.assert_array_equal(fit(head, 3).bias, [0, 1, 2])
+    np.testing.assert_array_equal(fit(head, 7).kernel[1], [1, 1, 1, 1, 1, 0, 0])
+    assert fit(head, 5).kernel.shape == (2, 5)
+
+
+def test_a_mixture_of_teachers() -> None:
+    rng = np.random.default_rng(2)
+    student = rng.normal(size=(4, V))
+    teachers = [rng.normal(size=(4, V)) for _ in range(3)]
+    labels = np.array([0, 4, 10, 3])
+    weights = np.array([[1, 2, 0, 5], [1, 0, 0, 5], [2, 2, 3, 0.0]])
+    p = np.exp([log_softmax(t) for t in teachers])
+
+    def kl(shares: np.ndarray) -> np.ndarray:
+        mixed = np.einsum("mn,mnv->nv", shares / shares.sum(axis=0), p)
+        return np.sum(mixed * (np.log(mixed) - log_softmax(student)), axis=1)
+
+    given = logits_problem(student, teachers, labels, weights)
+    np.testing.assert_allclose(nats_of(*given)[1], kl(weights), rtol=1e-5)
+    nats = -np.log(p[:, range(4), labels])
+    found = nats_of(*given, by_confidence=True)[1]
+    np.testing.assert_allclose(found, kl(weights / (1 + nats)), rtol=1e-5)
+    # One teacher, or several copies of it, are the same; and so are weights of another scale.
+    alone = nats_of(*logits_problem(student, teachers[:1], labels))[1]
+    copies = nats_of(*logits_problem(student, teachers[:1] * 3, labels, weights))[1]
+    np.testing.assert_allclose(copies, alone, rtol=1e-5)
+    scaled = nats_of(*logits_problem(student, teachers, labels, weights * 7))[1]
+    np.testing.assert_allclose(scaled, nats_of(*given)[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mib", "columns", "shards", "tokens"),
+    [
+        (1200.0, 151_936, 1, 2048),
+        (600.0, 151_936, 1, 1024),
+        (600.0, 151_936, 4, 2048),
+        (1.0, 4096, 1, 64),
+    ],
+)
+def test_chunks_fit_a_memory_budget(mib: float, columns: int, shards: int, tokens: int) -> None:
+    assert chunk_tokens(mib, columns, shards) == tokens
+    assert 4 * tokens * columns / shards <= mib * 2**20
+
+
 # Sums that do not depend on the cut
 
 
@@ -331,11 +493,12 @@ def test_parts_of_a_batch_add_up_to_the_whole() -> None:
     assert teacher is not None
 
     def part(rows: slice) -> Any:
-        cut = LossInputs(
-            TeacherTargets(teacher.hidden[rows], teacher.head),
-            inputs.labels[rows],
-            inputs.role[rows],
-            inputs.scale[:, rows],
+        cut = inputs._replace(
+            teacher=teacher._replace(hidden=(teacher.hidden[0][rows],)),
+            labels=inputs.labels[rows],
+            role=inputs.role[rows],
+            draw=inputs.draw[rows],
+            scale=inputs.scale[:, rows],
         )
         return value_and_gradient(DDK, 4, hidden[rows], head, cut, jnp.asarray(np.float32(1)))
 
@@ -354,9 +517,9 @@ def test_float32_sums_of_many_bfloat16_tokens() -> None:
     @partial(jax.jit, compiler_options=QUICK)
     def value(ones: jax.Array) -> jax.Array:
         zeros = jnp.zeros((4, 1024, 2), jnp.bfloat16)
-        inputs = LossInputs(None, ones, ones, jnp.ones((1, 4, 1024)))
-        head = jnp.zeros((2, 8), jnp.bfloat16)
-        return chunked_objective(zeros, head, inputs, objective, 512)[0]
+        inputs = inputs_of(None, ones, ones, jnp.ones((1, 4, 1024)), objective)
+        head = Head(jnp.zeros((2, 8), jnp.bfloat16))
+        return chunked_objective(zeros, head, inputs, objective, ChunkPlan(tokens=512))[0]
 
     found = value(np.ones((4, 1024), np.int32))
     np.testing.assert_allclose(found, 4096 * math.log(8), rtol=1e-6)
@@ -381,13 +544,16 @@ def products(function: Any, *args: Any) -> list[tuple[int, ...]]:
 def test_a_value_alone_costs_no_gradient_work() -> None:
     hidden, head, inputs = placed(problem(), DDK_KINDS)
 
-    def value(hidden: jax.Array, head: jax.Array) -> Any:
-        return chunked_objective(hidden, head, inputs, DDK, 4)
+    def value(hidden: jax.Array, head: jax.Array, plan: ChunkPlan = FOUR) -> Any:
+        return chunked_objective(hidden, Head(head), inputs, DDK, plan)
 
     logits = [(4, V), (4, V)]  # student and teacher, one chunk
     assert products(value, hidden, head) == logits
     both = products(jax.value_and_grad(value, argnums=(0, 1), has_aux=True), hidden, head)
     assert sorted(both) == sorted([*logits, (4, E), (E, V)])
+    frozen = partial(value, plan=ChunkPlan(tokens=4, head_gradient=False))
+    hidden_only = products(jax.value_and_grad(frozen, has_aux=True), hidden, head)
+    assert sorted(hidden_only) == sorted([*logits, (4, E)])
 
 
 def test_logits_of_the_batch_never_exist() -> None:
@@ -403,77 +569,55 @@ def test_logits_of_the_batch_never_exist() -> None:
         assert all(math.prod(x.aval.shape) < whole for x in equation.outvars), equation
 
 
-# The divergences themselves
-
-
-logits_of_both = hnp.arrays(
-    np.float32, (2, 4, 6), elements=st.floats(-50, 50, width=32).map(lambda x: round(x, 3))
-)
-
-
-@partial(jax.jit, compiler_options=QUICK)
-def all_terms(student: jax.Array, teacher: jax.Array, labels: jax.Array) -> list[jax.Array]:
-    view = ChunkView(student, teacher, labels, jnp.ones_like(labels))
-    return [cross_entropy(view), *(forward_kl(view, temperature=t) for t in (0.5, 1.0, 2.0))]
-
-
-LABELS = jnp.array([0, 5, 2, 2], jnp.int32)
-
-
-@given(logits_of_both, hnp.arrays(np.float32, (2, 4), elements=st.floats(-100, 100, width=32)))
-@settings(max_examples=30)
-def test_laws_of_the_divergences(both: np.ndarray, shift: np.ndarray) -> None:
-    student, teacher = both
-    found = all_terms(student, teacher, LABELS)
-    for term in found:
-        assert np.all(np.isfinite(term))
-        assert np.all(np.asarray(term) >= -1e-4)
-    shifted = all_terms(student + shift[0, :, None], teacher + shift[1, :, None], LABELS)
-    order = np.array([3, 0, 5, 1, 4, 2])
-    moved = np.argsort(order)[np.asarray(LABELS)].astype(np.int32)
-    permuted = all_terms(student[:, order], teacher[:, order], jnp.asarray(moved))
-    for a, b, c in zip(found, shifted, permuted, strict=True):
-        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-3)
-        np.testing.assert_allclose(c, a, rtol=1e-5, atol=1e-5)
-    for divergence in all_terms(student, student, LABELS)[1:]:
-        np.testing.assert_allclose(divergence, 0, atol=1e-6)
-
-
-def test_the_divergences_equal_hand_computed_values() -> None:
-    student = np.log(np.array([[0.5, 0.25, 0.25]], np.float32))
-    teacher = np.log(np.array([[0.25, 0.25, 0.5]], np.float32))
-    nats, _, kl, _ = all_terms(student, teacher, jnp.array([1], jnp.int32))
-    np.testing.assert_allclose(nats, math.log(4), rtol=1e-6)
-    # Teacher first: 0.25 log(1/2) + 0.5 log 2. The other direction would give the same number
-    # here only if the distributions were mirrored, so take another pair as well.
-    np.testing.assert_allclose(kl, 0.25 * math.log(2), rtol=1e-6)
-    one_hot = np.array([[0.0, -np.inf, -np.inf]], np.float32)
-    _, cold, kl, warm = all_terms(student, one_hot, jnp.array([0], jnp.int32))
-    np.testing.assert_allclose(kl, math.log(2), rtol=1e-6)  # -log q of the teacher's one entry
-    np.testing.assert_allclose(cold, -math.log(0.25 / (0.25 + 2 * 0.0625)), rtol=1e-6)
-    np.testing.assert_allclose(warm, -math.log(0.5**0.5 / (0.5**0.5 + 1)), rtol=1e-5)
-
-
-def test_bfloat16_logits_are_taken_to_float32_first() -> None:
-    rng = np.random.default_rng(0)
-    student, teacher = (jnp.asarray(rng.normal(0, 5, (4, 6)), jnp.bfloat16) for _ in range(2))
-    wide = all_terms(student.astype(jnp.float32), teacher.astype(jnp.float32), LABELS)
-    for a, b in zip(all_terms(student, teacher, LABELS), wide, strict=True):
-        assert a.dtype == jnp.float32
-        np.testing.assert_array_equal(a, b)
-
-
 # Objective and sums
 
 
 def test_make_term_binds_its_settings() -> None:
     term = make_term("forward_kl", weight=0.5, temperature=3.0, temperature_squared=True)
-    assert (term.name, term.weight, term.roles) == ("forward_kl", 4.5, "all")
-    assert term.needs_teacher
+    step = jnp.int32(7)
+    assert (term.name, term.roles, term.needs_teacher) == ("forward_kl", "all", True)
+    np.testing.assert_allclose(temperatures((term,), step), [3.0])
+    np.testing.assert_allclose(term_factors((term,), step), [4.5])
     assert needs_teacher(DDK)
     assert not needs_teacher((make_term("cross_entropy"),))
-    with pytest.raises(ValueError, match="temperature"):
-        make_term("cross_entropy", temperature=2.0)
+    assert make_term("cross_entropy", name="labels").name == "labels"
+
+
+def test_weights_and_temperatures_follow_the_step() -> None:
+    falling = make_term(
+        "forward_kl",
+        weight=lambda step: 2.0 / (1 + step.astype(jnp.float32)),
+        temperature=constant(2.0),
+    )
+    rising = make_term(
+        "forward_kl",
+        weight=0.5,
+        temperature=lambda step: 1.0 + step.astype(jnp.float32),
+        temperature_squared=True,
+    )
+    terms = (falling, rising, make_term("cross_entropy", weight=3.0))
+    for step, factors in ((0, [2.0, 0.5, 3.0]), (3, [0.5, 8.0, 3.0])):
+        np.testing.assert_allclose(term_factors(terms, jnp.int32(step)), factors)
+        np.testing.assert_allclose(temperatures(terms, jnp.int32(step)), [2.0, 1.0 + step, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("loss", "settings", "message"),
+    [
+        ("cross_entropy", {"temperature": 2.0}, "cross_entropy has no temperature"),
+        ("forward_kl", {"settings": {"beta": 0.5}}, "forward_kl has no setting 'beta'"),
+        ("generalised_jsd", {"settings": {"beta": "a"}}, "beta = 'a' is not float"),
+        ("generalised_jsd", {"settings": {"beta": 1.0}}, "beta"),
+        ("bild", {"settings": {"k": 2.5}}, "k = 2.5 is not int"),
+        ("bild", {"settings": {"k": 2}}, "k"),
+        ("bild", {"settings": {"lead": "pupil"}}, "lead = 'pupil' is not one of"),
+    ],
+)
+def test_wrong_settings_of_a_loss_are_refused(
+    loss: str, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_terms((make_term(loss, **settings),))
 
 
 def test_term_weights_select_roles() -> None:
@@ -549,16 +693,30 @@ def on_mesh(sizes: tuple[int, int, int], devices: list[jax.Device]) -> tuple[Ans
         return jax.device_put(x, param_shardings(mesh, ("embed", "vocab"), shape))
 
     assert inputs.teacher is not None
-    inputs = LossInputs(
-        TeacherTargets(place(inputs.teacher.hidden, DATA_AXES), place_head(inputs.teacher.head)),
-        place(inputs.labels, DATA_AXES),
-        place(inputs.role, DATA_AXES),
-        place(inputs.scale, None, DATA_AXES),
+    teacher = TeacherTargets(
+        (place(inputs.teacher.hidden[0], DATA_AXES),),
+        (Head(place_head(inputs.teacher.heads[0].kernel)),),
+    )
+    inputs = inputs._replace(
+        teacher=teacher,
+        labels=place(inputs.labels, DATA_AXES),
+        role=place(inputs.role, DATA_AXES),
+        draw=place(inputs.draw, DATA_AXES),
+        scale=place(inputs.scale, None, DATA_AXES),
     )
     hidden, head = place(hidden, DATA_AXES), place_head(head)
 
     def objective(hidden: jax.Array, head: jax.Array, inputs: LossInputs) -> Any:
-        return sharded_objective(hidden, head, inputs, DDK, 2, mesh=mesh, data_axes=DATA_AXES)
+        return sharded_objective(
+            hidden,
+            Head(head),
+            inputs,
+            DDK,
+            ChunkPlan(tokens=2),
+            mesh=mesh,
+            data_axes=DATA_AXES,
+            vocab_axis=VOCAB_AXIS,
+        )
 
     function = jax.jit(
         jax.value_and_grad(objective, argnums=(0, 1), has_aux=True),

@@ -40,10 +40,23 @@ FULL: dict[str, Any] = {
             {"name": "b", "sources": [{"path": "b", "licence": "CC0"}, {"path": "c"}]},
         ]
     },
+    "teacher": {
+        "path": "t",
+        "domains": {"a": 0.5},
+        "others": [{"path": "u", "weight": 2.0, "domains": {"b": 3.0}}],
+    },
     "student": {"spec": {"hidden_size": 8, "num_heads": 2, "num_kv_heads": 1, "tied_head": False}},
-    "objective": {"terms": [{"loss": "forward_kl", "temperature": 2.0, "roles": "response"}]},
+    "objective": {
+        "terms": [
+            {"loss": "bild", "temperature": 2.0, "roles": "response", "k": 4},
+            {"loss": "forward_kl", "weight": {"start": 1.0, "end": 0.0, "last_step": 9}},
+        ]
+    },
     "mesh": {"fsdp": 4},
 }
+
+
+LAST = {"last_step": 10}
 
 
 def read(tmp_path: Path, text: str) -> Config:
@@ -63,6 +76,8 @@ def leaves(kind: type, prefix: str = "") -> Iterator[str]:
             yield from leaves(typing.get_args(inner)[0], f"{name}.0.")
         elif dataclasses.is_dataclass(inner):
             yield from leaves(inner, f"{name}.")
+        elif inner == dict[str, Any]:  # its keys stand beside the others
+            yield f"{prefix}k"
         else:
             yield name
 
@@ -112,6 +127,7 @@ def test_the_digest_sees_every_field():
 def _other(key: str, value: Any) -> Any:
     """Another value that is allowed."""
     choices = {
+        "objective.terms.0.weight": {"start": 1.0, "end": 0.5, "last_step": 9},
         "run.compute_dtype": "float32",
         "teacher.dtype": "float32",
         "student.remat": "full",
@@ -124,6 +140,8 @@ def _other(key: str, value: Any) -> Any:
     }
     if key in choices:
         return choices[key]
+    if isinstance(value, dict):
+        return value | {"c": 0.25}
     if isinstance(value, bool):
         return not value
     if isinstance(value, int):
@@ -225,9 +243,28 @@ def test_any_value_is_taken_or_refused_with_its_key(key, value):
         ({"evaluation": {"batch_rows": 0}}, "evaluation.batch_rows = 0"),
         ({"checkpoint": {"keep": 1}}, "checkpoint.keep = 1: needs at least 2"),
         ({"objective": {"terms": []}}, "needs at least one term"),
-        ({"objective": {"terms": [{"loss": "x"}, {"loss": "x"}]}}, "a loss is named twice"),
+        ({"objective": {"terms": [{"loss": "x"}, {"loss": "x"}]}}, "two terms have one name"),
         ({"objective": {"terms": [{"loss": "x", "temperature": 0}]}}, "temperature must be"),
-        ({"objective": {"chunk_tokens": 0}}, "objective.chunk_tokens = 0"),
+        (
+            {"objective": {"terms": [{"loss": "x", "weight": {"start": -1, "end": 0} | LAST}]}},
+            "objective term x: weight reaches -1",
+        ),
+        (
+            {"objective": {"terms": [{"loss": "x", "temperature": {"start": 1, "end": 0} | LAST}]}},
+            "objective term x: temperature reaches 0",
+        ),
+        (
+            {
+                "objective": {
+                    "terms": [{"loss": "x", "weight": {"start": 1, "end": 0, "last_step": 0}}]
+                }
+            },
+            "objective term x: weight ends at step 0",
+        ),
+        ({"objective": {"logits_mib": 0}}, "objective.logits_mib: must be positive"),
+        ({"teacher": {"path": "t", "weight": -1.0}}, "teacher t: weight = -1.0: not a weight"),
+        ({"teacher": {"path": "t", "domains": {"a": -1.0}}}, "teacher t: a = -1.0: not a weight"),
+        ({"teacher": {"others": [{"path": "t"}]}}, "name the first teacher in teacher.path"),
         ({"mesh": {"fsdp": 0}}, "mesh.fsdp = 0"),
     ],
 )

@@ -157,7 +157,10 @@ def test_a_teacher_without_a_tokenizer_is_said_but_allowed(tiny_root, tmp_path):
     [
         ({"mixture.gap": "ratio"}, "settings", "did you mean"),
         ({"mesh.fsdp": 3, "mesh.data": 1}, "settings", "does not fit 8 devices"),
-        ({"objective.terms": [{"loss": "cross_entropy", "temperature": 2.0}]}, "settings", "1.0"),
+        (
+            {"objective.terms": [{"loss": "cross_entropy", "temperature": 2.0}]},
+            *("settings", "no temperature"),
+        ),
         ({"evaluation.batch_rows": 3}, "models", "multiple of the 8 devices"),
         ({"student.spec.hidden_size": 0}, "models", "hidden_size is missing"),
         ({"teacher.path": "/nowhere/at/all"}, "models", "no such directory"),

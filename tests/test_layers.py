@@ -23,7 +23,12 @@ ROOT = Path(ddk_jax.__file__).parent
 # entries of an inner list may import each other (without a cycle), all others of a level may not.
 LAYERS: list[list[list[str]]] = [
     [["models.spec"], ["errors"]],
-    [["config"], ["losses"], ["mixture"], ["parallel.mesh"]],
+    [
+        ["config"],
+        ["losses"],
+        ["mixture"],
+        ["parallel.mesh", "parallel.compiled", "parallel.hlo", "parallel.work"],
+    ],
     [
         [
             "training.state",
@@ -34,12 +39,26 @@ LAYERS: list[list[list[str]]] = [
             "training.rundir",
         ],
         ["data.sources", "data.tokenize", "data.shards", "data.rows"],
-        ["models.decoder", "models.attention", "models.families", "models.directory"],
+        [
+            "models.decoder",
+            "models.attention",
+            "models.collect",
+            "models.initial",
+            "models.families",
+            "models.directory",
+        ],
     ],
     [
-        ["training.step", "training.evaluate", "training.checkpoint"],
+        [
+            "training.micro",
+            "training.step",
+            "training.evaluate",
+            "training.checkpoint",
+            "training.terms",
+        ],
         ["data.pipeline", "data.prepare"],
         ["models.hf", "models.generate"],
+        ["tasks"],
     ],
     [["training.build"]],
     [["training.loop"], ["training.trained"], ["analysis"]],

@@ -267,13 +267,13 @@ def test_the_teacher_is_measured_once_for_all_runs(
     shutil.copytree(tiny_root / "data", tmp_path / "data")
     shutil.rmtree(tmp_path / "data" / "teacher_nats", ignore_errors=True)
     measured: list[int] = []
-    original = Job.measure
+    original = Job._measure
 
-    def counting(job: Job, decoder: Any, params: Any) -> DomainNats:
-        measured.append(decoder.spec.hidden_size)
-        return original(job, decoder, params)
+    def counting(job: Job, decoders: Any, weights: Any, params: Any) -> DomainNats:
+        measured.append(decoders[0].spec.hidden_size)
+        return original(job, decoders, weights, params)
 
-    monkeypatch.setattr(Job, "measure", counting)
+    monkeypatch.setattr(Job, "_measure", counting)
     # Ends with its first measurement: the discrepancy is under this.
     changes = {"data.dir": str(tmp_path / "data"), "train.stop_discrepancy": 100.0}
     summaries = [
@@ -435,6 +435,105 @@ def test_a_learning_rate_that_is_far_too_large_never_reaches_a_checkpoint_as_nan
     assert all(np.isfinite(leaf).all() for leaf in last_params(config, tmp_path))
 
 
+# Objectives of other kinds.
+
+
+def terms(config: Config, run_dir: Path) -> dict[str, list[float]]:
+    train(config)
+    steps = [line for line in read_metrics(run_dir / "metrics.jsonl") if line["event"] == "step"]
+    return {name: [line["terms"][name] for line in steps] for name in steps[0]["terms"]}
+
+
+def test_a_mixture_of_copies_of_the_teacher_is_the_teacher(
+    finished: Finished, tiny_root: Path, tmp_path: Path
+) -> None:
+    others = [{"path": str(tiny_root / "teacher"), "weight": 3.0, "domains": {"echo": 0.0}}]
+    config = tiny.config(tiny_root, tmp_path, **{"teacher.others": others})
+    found = terms(config, tmp_path)
+    for name, values in found.items():
+        expected = [line["terms"][name] for line in finished.of("step")]
+        np.testing.assert_allclose(values, expected, rtol=1e-4)
+
+
+def test_two_teachers_are_measured_as_their_mixture(tiny_root: Path, tmp_path: Path) -> None:
+    other = tiny.write_teacher(tmp_path / "other", tiny_root / "tokenizer", seed=5)
+    paths = {"teacher.path": str(tiny_root / "teacher"), "teacher.others": [{"path": str(other)}]}
+    single = [
+        Job(tiny.config(tiny_root, tmp_path, **{"teacher.path": str(p)})).teacher_nats()
+        for p in (tiny_root / "teacher", other)
+    ]
+    both = Job(tiny.config(tiny_root, tmp_path, **paths)).teacher_nats()
+    alone = Job(
+        tiny.config(
+            tiny_root,
+            tmp_path,
+            **paths
+            | {"teacher.others": [{"path": str(other), "weight": 0.0, "domains": {"echo": 1.0}}]}
+            | {"teacher.domains": {"echo": 0.0}},
+        )
+    ).teacher_nats()
+    assert both is not None and alone is not None
+    first, second = (nats.nats for nats in single if nats is not None)
+    echo = tiny.DOMAINS.index("echo")
+    np.testing.assert_allclose(alone.nats, np.where(np.arange(3) == echo, second, first), rtol=1e-5)
+    # The logarithm is concave: a mixture is at least as good as the mean of its parts.
+    assert np.all(both.nats <= (first + second) / 2 + 1e-6)
+
+
+def test_terms_on_inner_states_learn_their_maps(tiny_root: Path, tmp_path: Path) -> None:
+    objective = [
+        {"loss": "cross_entropy"},
+        {"loss": "hidden_mse", "pairs": 2},
+        {"loss": "hidden_cosine", "student_layers": [1], "teacher_layers": [2], "weight": 0.5},
+        {"loss": "relation_kl", "relation_heads": 4, "weight": 0.1},
+    ]
+    config = tiny.config(tiny_root, tmp_path, **{"objective.terms": objective})
+    found = terms(config, tmp_path)
+    assert found["hidden_mse"][-1] < 0.9 * found["hidden_mse"][0]
+    assert found["hidden_cosine"][-1] < found["hidden_cosine"][0]
+    restored = read_latest(tmp_path / "checkpoints", Job(config).abstract_state())
+    assert restored is not None
+    before, after = Job(config).initial_state().params, restored.state.params
+    shapes = {name: leaf["map"].shape for name, leaf in after["objective"].items()}
+    assert shapes == {"hidden_mse": (2, 16, 24), "hidden_cosine": (1, 16, 24)}
+    for name in shapes:
+        change = np.abs(after["objective"][name]["map"] - before["objective"][name]["map"])
+        assert change.max() > 1e-4
+
+
+def test_the_two_stages_of_ted(tiny_root: Path, tmp_path: Path) -> None:
+    teacher = str(tiny_root / "teacher")
+    layers = {"loss": "layer_cross_entropy", "pairs": 2}
+    filters = {
+        "of_teacher": {"student.path": teacher, "objective.terms": [layers]},
+        "of_student": {"objective.terms": [layers | {"through": "teacher"}]},
+    }
+    for name, changes in filters.items():
+        config = tiny.config(tiny_root, tmp_path / name, **changes | {"student.frozen": True})
+        nats = terms(config, tmp_path / name)["layer_cross_entropy"]
+        assert nats[-1] < nats[0]
+        restored = read_latest(tmp_path / name / "checkpoints", Job(config).abstract_state())
+        assert restored is not None
+        # Nothing but the filters has moved.
+        before = tiny.state_digest(Job(config).initial_state().params["student"])
+        assert tiny.state_digest(restored.state.params["student"]) == before
+    second = [
+        {"loss": "forward_kl"},
+        {"loss": "hidden_mse", "pairs": 2, "weight": 10.0}
+        | {f"{who}_filters": str(tmp_path / f"of_{who}") for who in ("student", "teacher")},
+    ]
+    config = tiny.config(tiny_root, tmp_path / "two", **{"objective.terms": second})
+    found = terms(config, tmp_path / "two")
+    assert found["hidden_mse"][-1] < found["hidden_mse"][0]
+    job = Job(config)
+    learned = job.initial_state().params["objective"]["hidden_mse"]["map"]
+    assert learned.shape == (2, 16, 24)
+    assert job.frozen_objective["hidden_mse"]["teacher_map"].shape == (2, 24, 24)
+    wrong = [second[1] | {"pairs": 1}]
+    with pytest.raises(UserError, match=r"has filters of layers \(1, 2\), not of \(2,\)"):
+        train(tiny.config(tiny_root, tmp_path / "three", **{"objective.terms": wrong}))
+
+
 # A run that is there already.
 
 
@@ -547,8 +646,8 @@ def test_other_content_under_the_same_names_is_refused(
 
 def test_a_directory_without_a_checkpoint_takes_any_config(tiny_root: Path, tmp_path: Path) -> None:
     """A mistake in the first config can be corrected in place; a torn file is no obstacle."""
-    with pytest.raises(UserError, match="has 300 embeddings"):
-        train(tiny.config(tiny_root, tmp_path, **{"student.spec.vocab_size": 300}))
+    with pytest.raises(UserError, match="has 200 embeddings"):
+        train(tiny.config(tiny_root, tmp_path, **{"student.spec.vocab_size": 200}))
     (tmp_path / "config.yaml").write_text("student: {spec: {")
     summary = train(tiny.config(tiny_root, tmp_path, **NO_TEACHER | {"train.max_intervals": 1}))
     assert summary.steps == tiny.INTERVAL

@@ -146,6 +146,24 @@ def test_prompts_and_responses(config: DataConfig) -> None:
     assert set(a[0].role.tolist()) == {1}
 
 
+def test_multiple_choice_rows_become_prompts_and_responses(
+    config: DataConfig, tmp_path: Path
+) -> None:
+    rows = [{"query": f"what is {i}?", "choices": ["no", text(i, 3)], "gold": 1} for i in range(40)]
+    suffix = {"query": "I saw ", "choices": ["Al", "Bo"], "gold": 1, "suffix": "run"}
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, [*rows, suffix, {"query": "?"}])))
+    source = SourceConfig(path=str(tmp_path / "b.jsonl"))
+    domain = DomainConfig(name="b", sources=(source,))
+    config = dataclasses.replace(config, domains=(domain,), max_rejected_fraction=0.1)
+    manifest, _ = run(config)
+    assert manifest.domains[0].rejected == 1
+    tokenizer = Tokenizer(Path(config.tokenizer))
+    splits = documents(config, "b", "train") + documents(config, "b", "validation")
+    found = {tokenizer.decode(ids[:n]): tokenizer.decode(ids[n:]) for ids, n in splits}
+    expected = {row["query"]: f" {row['choices'][1]}{END}" for row in rows}
+    assert found == expected | {"I saw Bo": f" run{END}"}
+
+
 def test_bytes_are_the_same_again_and_elsewhere(config: DataConfig, tmp_path: Path) -> None:
     run(config)
     run(dataclasses.replace(config, dir=str(tmp_path / "other")))

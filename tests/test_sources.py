@@ -7,6 +7,7 @@ import json
 import lzma
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -130,6 +131,55 @@ def test_prompt_and_response(tmp_path: Path) -> None:
     ]
     assert first.digest != Document("2 + 2?4", "", "", 1).digest
     assert first.digest == Document("2 + 2?", "4", "elsewhere", 9).digest
+
+
+QUESTION = {"id": "1", "query": "Is it?", "choices": ["no", "yes"], "gold": 1, "raw": {"text": 5}}
+
+
+def test_a_multiple_choice_row_is_a_prompt_and_its_right_answer(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    filled = {"query": " ", "choices": ["Al", "Bo"], "gold": 0, "suffix": "ran.\r\n"}
+    path.write_text("\n".join(map(json.dumps, [QUESTION, filled, QUESTION | {"text": "plain"}])))
+    found = [(item.text, item.response) for item in read(path) if isinstance(item, Document)]
+    assert found == [("Is it?", " yes"), (" Al", " ran.\n"), ("plain", "")]
+    # A source that names its columns is taken at its word.
+    assert [line for line, _ in rejects(path, prompt="query", response="gold")] == [1, 2, 3]
+    assert texts(path, text="id") == ["1", " Al", "1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"gold": 2}, "gold is 2, but the 2 choices are numbered from 0"),
+        ({"gold": -1}, "gold is -1, but the 2 choices are numbered from 0"),
+        ({"gold": True}, "column 'gold' must be the number of a choice, found bool"),
+        ({"gold": "1"}, "column 'gold' must be the number of a choice, found str"),
+        ({"choices": "yes"}, "column 'choices' must be a list of two texts or more, found str"),
+        ({"choices": ["yes"]}, "column 'choices' must be a list of two texts or more, found 1 tex"),
+        ({"choices": ["no", 1]}, "column 'choices[1]' must be text, found int"),
+        ({"choices": ["\t", "yes"]}, "choices[0]: empty or blank"),
+        ({"choices": ["no", "a\0"]}, "choices[1]: NUL at character 1"),
+        ({"query": ""}, "query: empty or blank"),
+        ({"query": None}, "column 'query' must be text, found null"),
+        ({"query": "\ud800", "suffix": "s"}, "query: lone surrogate at character 0"),
+        ({"suffix": ""}, "suffix: empty or blank"),
+        ({"suffix": 1}, "column 'suffix' must be text, found int"),
+    ],
+)
+def test_a_bad_question_is_reported(tmp_path: Path, change: dict[str, Any], reason: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(QUESTION) + "\n" + json.dumps(QUESTION | change))
+    assert texts(path) == ["Is it?"]
+    [(number, found)] = rejects(path)
+    assert number == 2
+    assert reason in found
+
+
+def test_a_question_without_an_answer_is_reported(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"query": "Is it?", "choices": ["no", "yes"]}, {"query": "Is it?", "gold": 1}]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert rejects(path) == [(1, "column 'gold' is missing"), (2, "column 'text' is missing")]
 
 
 def test_folders_globs_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,10 +16,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ddk_jax.config import OptimConfig
+from ddk_jax.losses.chunked import ChunkPlan
 from ddk_jax.losses.objective import make_term
+from ddk_jax.models.collect import NOTHING, Collect, Collected
 from ddk_jax.models.decoder import Decoder
 from ddk_jax.models.spec import ModelSpec
 from ddk_jax.parallel.mesh import make_mesh, param_shardings
+from ddk_jax.training.micro import Frozen, MicroLoss, Teachers
 from ddk_jax.training.optimizer import make_optimizer
 from ddk_jax.training.state import (
     Batch,
@@ -103,10 +106,20 @@ class Bag:
     """A model without context."""
 
     def apply(
-        self, params: Any, tokens: jax.Array, segment_ids: jax.Array, positions: jax.Array
-    ) -> tuple[jax.Array, None]:
+        self,
+        params: Any,
+        tokens: jax.Array,
+        segment_ids: jax.Array,
+        positions: jax.Array,
+        collect: Collect = NOTHING,
+    ) -> tuple[jax.Array, Collected]:
         scale = poisoned(params["scale"], jnp.any(tokens == POISON))
-        return params["table"][tokens] * scale[None, None], None
+        none = jnp.zeros((0, *tokens.shape, 1))
+        states = Collected(none, *(none[..., None],) * 3)
+        return params["table"][tokens] * scale[None, None], states
+
+    def final_norm(self, params: Any, x_BTE: jax.Array) -> jax.Array:
+        return x_BTE
 
     def head(self, params: Any) -> jax.Array:
         return params["head"]
@@ -218,19 +231,17 @@ def setting(
             return initial_state(jax.tree.map(jnp.asarray, params(0)), {}, optimizer)
 
     shardings = state_shardings(mesh, jax.eval_shape(make), axes)
-    step = make_train_step(
-        student,
-        teacher,
-        OBJECTIVE,
-        optimizer,
-        mesh,
-        num_domains=D,
-        chunk_tokens=5,
-        state_shardings=shardings,
+    loss = MicroLoss(
+        student=student,
+        teachers=Teachers((teacher,), np.ones((D, 1))),
+        objective=OBJECTIVE,
+        plan=ChunkPlan(tokens=5),
+        mesh=mesh,
     )
+    step = make_train_step(loss, optimizer, mesh, num_domains=D, seed=0, state_shardings=shardings)
     frozen = teacher_params(1)
     shapes = jax.eval_shape(lambda: frozen)
-    frozen = jax.device_put(frozen, param_shardings(mesh, teacher_axes, shapes))
+    frozen = Frozen((jax.device_put(frozen, param_shardings(mesh, teacher_axes, shapes)),))
 
     def start() -> TrainState:
         return jax.device_put(make(), shardings)
@@ -343,7 +354,7 @@ def test_an_update_that_is_not_finite_is_not_applied(kind: str) -> None:
         broken = teacher
     else:
         broken = jax.device_put(
-            {**teacher, "head": np.full((E, V), np.nan, np.float32)},
+            Frozen(({**teacher.teachers[0], "head": np.full((E, V), np.nan, np.float32)},)),
             jax.tree.map(lambda x: x.sharding, teacher),
         )
 
@@ -518,9 +529,10 @@ def test_what_stands_in_the_padding_has_no_influence() -> None:
 def test_evaluation_equals_a_recount() -> None:
     rows = random_rows(4)
     params = bag_params(0)
-    step = make_eval_step(Bag(), make_mesh(), num_domains=D + 1, chunk_tokens=3)
+    models, plan = Teachers((Bag(),), np.ones((D + 1, 1))), ChunkPlan(tokens=3)
+    step = make_eval_step(models, make_mesh(), num_domains=D + 1, plan=plan)
     placed = place_batch(make_mesh(), R, *rows)
-    found = step(jax.tree.map(jnp.asarray, params), placed)
+    found = step((jax.tree.map(jnp.asarray, params),), placed)
     expected = dense(params, params, rows)
     np.testing.assert_allclose(found.total, [*expected.term_total[0], 0], rtol=1e-5)
     np.testing.assert_array_equal(found.count, [*expected.tokens, 0])

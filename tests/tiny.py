@@ -25,6 +25,7 @@ from ddk_jax.config import Config, from_plain, to_plain
 from ddk_jax.data.pipeline import MixturePipeline, PipelineState
 from ddk_jax.data.prepare import prepare
 from ddk_jax.data.rows import HostBatch
+from ddk_jax.losses.chunked import ChunkPlan
 from ddk_jax.models import hf
 from ddk_jax.models.decoder import Decoder
 from ddk_jax.models.spec import ModelSpec
@@ -34,7 +35,8 @@ from ddk_jax.training.build import Job
 from ddk_jax.training.checkpoint import read_latest
 from ddk_jax.training.loop import RunSummary, train
 from ddk_jax.training.metrics import read_metrics
-from ddk_jax.training.step import TrainStep, make_eval_step
+from ddk_jax.training.micro import Teachers
+from ddk_jax.training.step import EvalStep, TrainStep, make_eval_step
 
 DOMAINS = ("words", "digits", "echo")
 """Their entropies differ, so a student soon learns one of them better than another."""
@@ -127,7 +129,7 @@ def config(root: Path, run_dir: Path, **changes: Any) -> Config:
         },
         "teacher": {"path": str(root / "teacher")},
         "student": {"spec": dict(STUDENT)},
-        "objective": {"chunk_tokens": 64},
+        "objective": {"logits_mib": 64 * VOCABULARY * 4 / 2**20},
         "mixture": {"gap": "loss_difference", "interval_steps": INTERVAL},
         "optim": {"learning_rate": 0.03, "final_learning_rate": 0.003, "warmup_steps": 2},
         "train": {"steps": STEPS, "rows_per_step": ROWS},
@@ -251,7 +253,14 @@ def quick_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 _train_steps: dict[str, TrainStep] = {}
-_eval_step = functools.cache(make_eval_step)
+_eval_steps: dict[Any, EvalStep] = {}
+
+
+def _eval_step(models: Teachers, mesh: Any, *, num_domains: int, plan: ChunkPlan) -> EvalStep:
+    key = models.models, models.domain_weights.tobytes(), mesh, num_domains, plan
+    if key not in _eval_steps:
+        _eval_steps[key] = make_eval_step(models, mesh, num_domains=num_domains, plan=plan)
+    return _eval_steps[key]
 
 
 def use_devices(monkeypatch: pytest.MonkeyPatch, count: int) -> None:

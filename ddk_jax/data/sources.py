@@ -5,6 +5,9 @@ file is dropped, and CRLF becomes LF, so that the same text is the same document
 Blank lines of a JSONL file hold no row and are passed over. Everything else that cannot be used is
 reported as a `Reject`; nothing is repaired.
 
+A row of JSONL is a text, a prompt with its response, or a multiple-choice question, which is read
+as the prompt and the response that spell out the right option.
+
 Memory is bounded by the longest document: at most `MAX_DOCUMENT_BYTES`.
 """
 
@@ -16,9 +19,9 @@ import io
 import json
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ddk_jax.config import SourceConfig, resolve_path
 from ddk_jax.errors import DataError, StorageError
@@ -67,12 +70,49 @@ class Document(NamedTuple):
         return len(self.text.encode("utf-8")) + len(self.response.encode("utf-8"))
 
 
+class MultipleChoice(NamedTuple):
+    """A question with its options.
+
+    Attributes:
+        query: what stands before an option; blank only where there is a suffix.
+        choices: the options, at least two.
+        gold: number of the right option, from 0.
+        suffix: what follows each of the options; empty where nothing does.
+    """
+
+    query: str
+    choices: tuple[str, ...]
+    gold: int
+    suffix: str
+
+    def parts(self, choice: int) -> tuple[str, str]:
+        """Context, and the text that a model predicts after it if it takes this option.
+
+        That text is the option, with a space before it. Where there is a suffix, the option is
+        filled in after the query and the suffix is predicted, with a space before it.
+        """
+        option = self.choices[choice]
+        if self.suffix:
+            return self.query + option, " " + self.suffix
+        return self.query, " " + option
+
+
+class Row(NamedTuple):
+    """One JSON object of a JSONL file. `line` counts from 1."""
+
+    line: int
+    columns: dict[str, Any]
+
+
 class Reject(NamedTuple):
     """One row or file that cannot be used. `line` counts from 1."""
 
     file: str
     line: int
     reason: str
+
+
+T = TypeVar("T", Document, Row)
 
 
 class SourceFile(NamedTuple):
@@ -111,22 +151,80 @@ def source_files(source: SourceConfig) -> list[SourceFile]:
 def read_file(file: SourceFile, source: SourceConfig) -> Iterator[Document | Reject]:
     """The documents of one file in order, with a `Reject` in place of each that cannot be used.
 
+    A row without the column `source.text` that has `query` and `choices` is a multiple-choice
+    question; its document is the context and the right continuation (`MultipleChoice.parts`).
+
     A compressed file that is cut off or damaged gives the rows before the damage, then a reject.
 
     Raises:
         StorageError: the file cannot be read at all.
     """
-    reader = _jsonl_rows if _inner_suffix(file.path) in JSONL_SUFFIXES else _whole_text
-    line = 0
-    try:
-        with _open(file.path) as stream:
-            for item in reader(stream, file.name, source):
-                line = item.line
-                yield item
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        yield Reject(file.name, line + 1, f"the compressed file is cut off or damaged: {error}")
-    except OSError as error:
-        raise StorageError(f"{file.name}: cannot be read ({error.strerror or error})") from error
+    if is_jsonl(file.path):
+        for item in read_rows(file):
+            yield item if isinstance(item, Reject) else _document(item, file.name, source)
+    else:
+        yield from _guarded(file, lambda stream, name: _whole_text(stream, name, source))
+
+
+def read_rows(file: SourceFile) -> Iterator[Row | Reject]:
+    """The JSON objects of a JSONL file in order, with a `Reject` in place of what is none.
+
+    Raises:
+        StorageError: the file cannot be read at all.
+    """
+    yield from _guarded(file, _jsonl_rows)
+
+
+def is_jsonl(path: Path) -> bool:
+    """Whether the name is that of a JSONL file, compressed or not."""
+    return _inner_suffix(path) in JSONL_SUFFIXES
+
+
+def is_multiple_choice(columns: Mapping[str, Any]) -> bool:
+    """Whether a row is meant as a multiple-choice question."""
+    return "query" in columns and "choices" in columns
+
+
+def multiple_choice(columns: Mapping[str, Any]) -> MultipleChoice:
+    """The question in the columns `query`, `choices`, `gold` and, optionally, `suffix` of a row.
+
+    Raises:
+        ValueError: the reason why there is none.
+    """
+    suffix = text_of(columns, "suffix") if "suffix" in columns else ""
+    query = text_of(columns, "query", may_be_blank=bool(suffix))
+    for column in ("choices", "gold"):
+        if column not in columns:
+            raise ValueError(f"column {column!r} is missing")
+    choices, gold = columns["choices"], columns["gold"]
+    if not isinstance(choices, list) or len(choices) < 2:
+        found = f"{len(choices)} texts" if isinstance(choices, list) else _kind(choices)
+        raise ValueError(f"column 'choices' must be a list of two texts or more, found {found}")
+    named = {f"choices[{i}]": choice for i, choice in enumerate(choices)}
+    options = tuple(text_of(named, name) for name in named)
+    if not isinstance(gold, int) or isinstance(gold, bool):
+        raise ValueError(f"column 'gold' must be the number of a choice, found {_kind(gold)}")
+    if not 0 <= gold < len(options):
+        raise ValueError(f"gold is {gold}, but the {len(options)} choices are numbered from 0")
+    return MultipleChoice(query, options, gold, suffix)
+
+
+def text_of(columns: Mapping[str, Any], column: str, *, may_be_blank: bool = False) -> str:
+    """The text in a column of a row, with LF line ends.
+
+    Raises:
+        ValueError: the reason why there is none that can be used.
+    """
+    if column not in columns:
+        raise ValueError(f"column {column!r} is missing")
+    value = columns[column]
+    if not isinstance(value, str):
+        raise ValueError(f"column {column!r} must be text, found {_kind(value)}")
+    value = value.replace("\r\n", "\n")
+    problem = _problem(value)
+    if problem and not (may_be_blank and not value.strip()):
+        raise ValueError(f"{column}: {problem}")
+    return value
 
 
 def file_sha256(path: Path) -> str:
@@ -194,6 +292,22 @@ def _without_bom(raw: bytes) -> bytes:
     return raw
 
 
+def _guarded(
+    file: SourceFile, reader: Callable[[io.BufferedIOBase, str], Iterator[T | Reject]]
+) -> Iterator[T | Reject]:
+    """What a reader finds in a file, with a `Reject` where a compressed file is damaged."""
+    line = 0
+    try:
+        with _open(file.path) as stream:
+            for item in reader(stream, file.name):
+                line = item.line
+                yield item
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        yield Reject(file.name, line + 1, f"the compressed file is cut off or damaged: {error}")
+    except OSError as error:
+        raise StorageError(f"{file.name}: cannot be read ({error.strerror or error})") from error
+
+
 def _whole_text(
     stream: io.BufferedIOBase, name: str, source: SourceConfig
 ) -> Iterator[Document | Reject]:
@@ -209,12 +323,13 @@ def _whole_text(
     except UnicodeDecodeError as error:
         yield Reject(name, 1, f"invalid UTF-8 at byte {error.start}")
         return
-    yield _checked(name, 1, {"the file": text}, "the file", "")
+    try:
+        yield Document(text_of({"the file": text}, "the file"), "", name, 1)
+    except ValueError as error:
+        yield Reject(name, 1, str(error))
 
 
-def _jsonl_rows(
-    stream: io.BufferedIOBase, name: str, source: SourceConfig
-) -> Iterator[Document | Reject]:
+def _jsonl_rows(stream: io.BufferedIOBase, name: str) -> Iterator[Row | Reject]:
     number = 0
     while raw := stream.readline(MAX_DOCUMENT_BYTES + 1):
         number += 1
@@ -226,10 +341,10 @@ def _jsonl_rows(
         if number == 1:
             raw = _without_bom(raw)
         if raw.strip():
-            yield _json_row(raw, name, number, source)
+            yield _json_row(raw, name, number)
 
 
-def _json_row(raw: bytes, name: str, number: int, source: SourceConfig) -> Document | Reject:
+def _json_row(raw: bytes, name: str, number: int) -> Row | Reject:
     try:
         row: Any = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -240,27 +355,25 @@ def _json_row(raw: bytes, name: str, number: int, source: SourceConfig) -> Docum
         return Reject(name, number, f"broken JSON: {error}")
     if not isinstance(row, dict):
         return Reject(name, number, f"expected a JSON object, found {_kind(row)}")
-    if source.prompt:
-        return _checked(name, number, row, source.prompt, source.response)
-    return _checked(name, number, row, source.text, "")
+    return Row(number, row)
 
 
-def _checked(
-    name: str, line: int, row: dict[str, Any], text: str, response: str
-) -> Document | Reject:
-    """The document in columns `text` and, unless empty, `response` of a row."""
-    values = []
-    for column in filter(None, (text, response)):
-        if column not in row:
-            return Reject(name, line, f"column {column!r} is missing")
-        value = row[column]
-        if not isinstance(value, str):
-            return Reject(name, line, f"column {column!r} must be text, found {_kind(value)}")
-        value = value.replace("\r\n", "\n")
-        if problem := _problem(value):
-            return Reject(name, line, f"{column}: {problem}")
-        values.append(value)
-    return Document(values[0], values[1] if response else "", name, line)
+def _document(row: Row, name: str, source: SourceConfig) -> Document | Reject:
+    """The document in a row of JSONL, as the source says where it is."""
+    columns = row.columns
+    response = ""
+    try:
+        if source.prompt:
+            text = text_of(columns, source.prompt)
+            response = text_of(columns, source.response)
+        elif source.text not in columns and is_multiple_choice(columns):
+            question = multiple_choice(columns)
+            text, response = question.parts(question.gold)
+        else:
+            text = text_of(columns, source.text)
+    except ValueError as error:
+        return Reject(name, row.line, str(error))
+    return Document(text, response, name, row.line)
 
 
 def _problem(text: str) -> str:

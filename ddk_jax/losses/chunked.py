@@ -5,22 +5,23 @@ the logits in a backward pass would cost 0.6 of the head's work again, keeping t
 that this module is there to save. A call that asks for the value alone does no gradient work.
 
 Legend: B rows, T tokens, E hidden, V vocabulary, K terms of the objective, N tokens of a chunk,
-M = ceil(B T / N) chunks.
+C = ceil(B T / N) chunks, M teachers.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, UInt32
 
 from ddk_jax.losses.divergences import ChunkView
 from ddk_jax.losses.objective import Objective
-from ddk_jax.losses.targets import TeacherTargets
+from ddk_jax.losses.targets import Head, TeacherTargets, finish, fit, mixture
 
 
 class LossInputs(NamedTuple):
@@ -29,18 +30,57 @@ class LossInputs(NamedTuple):
     teacher: TeacherTargets | None
     labels: Int[Array, "B T"]
     role: Int[Array, "B T"]
+    draw: UInt32[Array, "B T"]
+    """A number of its own for every token of the run: all randomness of a term is made from it."""
     scale: Float[Array, "K B T"]
     """What a token's nats of each term add to the scalar; 0 masks the token out of the term."""
+    temperature: Float[Array, "K"]
+    """Softmax temperature of every term; unused by terms that have none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkPlan:
+    """How heads and losses are computed; static."""
+
+    tokens: int
+    """Tokens whose logits exist at one time."""
+    vocab_size: int = 0
+    """Tokens of the vocabulary; columns of the heads from there on are padding. 0: all of them."""
+    teacher_vocab_size: int = 0
+    """The same of the teacher, where it has a vocabulary of its own. 0: it shares the student's."""
+    vocab_shards: int = 1
+    """Devices that share the columns of the heads."""
+    by_confidence: bool = False
+    """Whether several teachers weigh by their confidence as well (`targets.mixture`)."""
+    head_gradient: bool = True
+    """False where the student's head is frozen: its gradient is 0, and is not computed."""
+
+
+def chunk_tokens(logits_mib: float, columns: int, vocab_shards: int = 1) -> int:
+    """Tokens of a chunk whose float32 logits take at most `logits_mib` MiB on a device.
+
+    A multiple of 128, the side of a matrix unit, if there are so many; at most 2,048, beyond which
+    the heads' products are as fast as they get.
+
+    Args:
+      logits_mib: the budget, for one model.
+      columns: of its head, over all devices.
+      vocab_shards: devices that share them.
+    """
+    tokens = int(logits_mib * 2**20 / (4 * columns / vocab_shards))
+    return max(1, min(tokens - tokens % 128 if tokens > 128 else tokens, 2048))
 
 
 class _Chunk(NamedTuple):
-    """The same, cut into chunks; stacked on a leading axis M outside the scan."""
+    """The inputs of one chunk; stacked on a leading axis C outside the scan."""
 
-    student_hidden: Float[Array, "*M N E"]
-    teacher_hidden: Float[Array, "*M N E_t"] | None
-    labels: Int[Array, "*M N"]
-    role: Int[Array, "*M N"]
-    scale: Float[Array, "*M K N"]
+    student_hidden: Float[Array, "*C N E"]
+    teacher_hidden: tuple[Float[Array, "*C N _"], ...]
+    teacher_weights: Float[Array, "*C M N"] | None
+    labels: Int[Array, "*C N"]
+    role: Int[Array, "*C N"]
+    draw: UInt32[Array, "*C N"]
+    scale: Float[Array, "*C K N"]
 
 
 Result = tuple[Float[Array, ""], Float[Array, "K B T"]]
@@ -49,10 +89,10 @@ Result = tuple[Float[Array, ""], Float[Array, "K B T"]]
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def chunked_objective(
     student_hidden: Float[Array, "B T E"],
-    student_head: Float[Array, "E V"],
+    student_head: Head,
     inputs: LossInputs,
     terms: Objective,
-    chunk: int,
+    plan: ChunkPlan,
 ) -> Result:
     """The scalar to minimise, and the nats of every token under every term.
 
@@ -64,16 +104,16 @@ def chunked_objective(
       inputs: teacher, labels, roles, and the scale of every token. A token whose scale is 0 in all
         terms has no influence: whatever its hidden states or logits hold, NaN included.
       terms: the objective.
-      chunk: tokens whose logits exist at one time.
+      plan: size of the chunks, and what is special about the heads.
 
     Returns:
       sum over terms and tokens of scale * nats, float32; and the nats, float32, 0 where masked.
     """
-    chunks = _cut(student_hidden, inputs, chunk)
+    chunks = _cut(student_hidden, inputs, plan.tokens)
 
     def body(total: Array, part: _Chunk) -> tuple[Array, Array]:
-        student_logits, view = _logits(part, student_head, inputs.teacher)
-        value, nats = _chunk_value(student_logits, view, part.scale, terms)
+        raw, view = _view(part, student_head, inputs.teacher, plan)
+        value, nats = _chunk_value(raw, student_head, view, part, inputs, terms, plan)
         return total + value, nats
 
     total, nats = jax.lax.scan(body, _zero_like_sum(inputs.scale), chunks)
@@ -81,41 +121,53 @@ def chunked_objective(
 
 
 def _forward(
-    student_hidden: Array, student_head: Array, inputs: LossInputs, terms: Objective, chunk: int
-) -> tuple[Result, tuple[Array, Array]]:
-    chunks = _cut(student_hidden, inputs, chunk)
+    student_hidden: Array, student_head: Head, inputs: LossInputs, terms: Objective, plan: ChunkPlan
+) -> tuple[Result, tuple[Array, Head]]:
+    chunks = _cut(student_hidden, inputs, plan.tokens)
+    kernel = student_head.kernel
 
-    def body(carry: tuple[Array, Array], part: _Chunk) -> tuple[tuple[Array, Array], Any]:
+    def body(carry: tuple[Array, Any], part: _Chunk) -> tuple[tuple[Array, Any], Any]:
         total, d_head = carry
-        student_logits, view = _logits(part, student_head, inputs.teacher)
-        (value, nats), d_logits = jax.value_and_grad(_chunk_value, has_aux=True)(
-            student_logits, view, part.scale, terms
+        raw, view = _view(part, student_head, inputs.teacher, plan)
+        (value, nats), d_raw = jax.value_and_grad(_chunk_value, has_aux=True)(
+            raw, student_head, view, part, inputs, terms, plan
         )
-        d_logits = d_logits.astype(student_head.dtype)
-        d_hidden = d_logits @ student_head.T
-        # Accumulated in float32 over the chunks: in training this is the head's gradient.
-        hidden = _active(part, part.student_hidden)
-        d_head = d_head + jnp.matmul(hidden.T, d_logits, preferred_element_type=jnp.float32)
+        d_hidden = d_raw.astype(kernel.dtype) @ kernel.T
+        if plan.head_gradient:
+            d_head = jax.tree.map(jnp.add, d_head, _head_gradient(part, d_raw, student_head))
         return (total + value, d_head), (nats, d_hidden)
 
     zero = _zero_like_sum(inputs.scale)
-    no_gradient = jnp.zeros(student_head.shape, jnp.float32) + zero
-    (total, d_head), (nats, d_hidden) = jax.lax.scan(body, (zero, no_gradient), chunks)
+    # Accumulated in float32 over the chunks: in training this is the head's gradient.
+    none = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32) + zero, student_head)
+    (total, d_head), (nats, d_hidden) = jax.lax.scan(body, (zero, none), chunks)
     B, T, E = student_hidden.shape
     d_hidden = d_hidden.reshape(-1, E)[: B * T].reshape(B, T, E)
-    return (total, _uncut(nats, inputs.scale.shape)), (d_hidden, d_head.astype(student_head.dtype))
+    d_head = jax.tree.map(lambda x, like: x.astype(like.dtype), d_head, student_head)
+    return (total, _uncut(nats, inputs.scale.shape)), (d_hidden, d_head)
+
+
+def _head_gradient(part: _Chunk, d_raw: Array, head: Head) -> Head:
+    """What one chunk adds to the gradient of the student's head; a soft cap is not learned."""
+    d_logits = d_raw.astype(head.kernel.dtype)
+    hidden = _active(part, part.student_hidden)
+    return Head(
+        jnp.matmul(hidden.T, d_logits, preferred_element_type=jnp.float32),
+        None if head.bias is None else jnp.sum(d_raw.astype(jnp.float32), axis=0),
+        None if head.softcap is None else jnp.float32(0),
+    )
 
 
 def _backward(
-    terms: Objective, chunk: int, gradients: tuple[Array, Array], cotangents: Result
-) -> tuple[Array, Array, None]:
+    terms: Objective, plan: ChunkPlan, gradients: tuple[Array, Head], cotangents: Result
+) -> tuple[Array, Head, None]:
     factor = cotangents[0]
 
     def scaled(gradient: Array) -> Array:
         return (gradient.astype(jnp.float32) * factor).astype(gradient.dtype)
 
     d_hidden, d_head = gradients
-    return scaled(d_hidden), scaled(d_head), None
+    return scaled(d_hidden), jax.tree.map(scaled, d_head), None
 
 
 chunked_objective.defvjp(_forward, _backward)
@@ -123,46 +175,86 @@ chunked_objective.defvjp(_forward, _backward)
 
 def sharded_objective(
     student_hidden: Float[Array, "B T E"],
-    student_head: Float[Array, "E V"],
+    student_head: Head,
     inputs: LossInputs,
     terms: Objective,
-    chunk: int,
+    plan: ChunkPlan,
     *,
     mesh: Mesh,
     data_axes: tuple[str, ...],
+    vocab_axis: str,
 ) -> Result:
-    """`chunked_objective` on a mesh whose `data_axes` share the rows.
+    """`chunked_objective` on a mesh: `data_axes` share the rows, `vocab_axis` the heads' columns.
 
     Each data shard scans its own tokens; the gradient of the head is summed over them once. (Left
     to the partitioner, a scan over chunks of a sharded token axis makes every replica do all the
-    work.) Other axes of the mesh are left to the partitioner.
+    work.) The vocabulary axis is left to the partitioner, which finds every device's columns.
     """
+    plan = replace(plan, vocab_shards=mesh.shape[vocab_axis])
+    student_head, inputs = _aligned(student_head, inputs, plan, mesh, vocab_axis)
     shared = tuple(axis for axis in data_axes if mesh.shape[axis] > 1)
     if not shared:  # XLA refuses a sum over one shard that leaves other axes to the partitioner
-        return chunked_objective(student_hidden, student_head, inputs, terms, chunk)
-    rows = PartitionSpec(shared)
-    none = PartitionSpec()
+        return chunked_objective(student_hidden, student_head, inputs, terms, plan)
+    rows, none = PartitionSpec(shared), PartitionSpec()
+    by_row = PartitionSpec(None, shared)
+    teacher = inputs.teacher
     specs = LossInputs(
-        teacher=None if inputs.teacher is None else TeacherTargets(hidden=rows, head=none),  # type: ignore[arg-type]
+        teacher=None
+        if teacher is None
+        else TeacherTargets(
+            hidden=jax.tree.map(lambda _: rows, teacher.hidden),
+            heads=jax.tree.map(lambda _: none, teacher.heads),
+            weights=jax.tree.map(lambda _: by_row, teacher.weights),
+        ),
         labels=rows,  # type: ignore[arg-type]
         role=rows,  # type: ignore[arg-type]
-        scale=PartitionSpec(None, shared),  # type: ignore[arg-type]
+        draw=rows,  # type: ignore[arg-type]
+        scale=by_row,  # type: ignore[arg-type]
+        temperature=none,  # type: ignore[arg-type]
     )
 
-    def local(hidden: Array, head: Array, shard: LossInputs) -> Result:
+    def local(hidden: Array, head: Head, shard: LossInputs) -> Result:
         # The head is the same on all data shards, its gradients are not: as a varying value its
         # cotangent is summed over the shards.
-        varying = jax.lax.pcast(head, shared, to="varying")
-        total, nats = chunked_objective(hidden, varying, shard, terms, chunk)
+        varying = jax.tree.map(lambda x: jax.lax.pcast(x, shared, to="varying"), head)
+        total, nats = chunked_objective(hidden, varying, shard, terms, plan)
         return jax.lax.psum(total, shared), nats
 
     return jax.shard_map(
         local,
         mesh=mesh,
         in_specs=(rows, none, specs),
-        out_specs=(none, PartitionSpec(None, shared)),
+        out_specs=(none, by_row),
         axis_names=set(shared),
     )(student_hidden, student_head, inputs)
+
+
+def _aligned(
+    student_head: Head, inputs: LossInputs, plan: ChunkPlan, mesh: Mesh, vocab_axis: str
+) -> tuple[Head, LossInputs]:
+    """Heads over one vocabulary with the same columns, as many on every device of the axis."""
+    shards = plan.vocab_shards
+
+    def aligned(head: Head, tokens: int, others: tuple[Head, ...]) -> Head:
+        widths = {other.kernel.shape[1] for other in others}
+        width = head.kernel.shape[1]
+        if len(widths) > 1 or width % shards:
+            head = fit(head, -(-(tokens or min(widths)) // shards) * shards)
+        if shards == 1:
+            return head
+        columns = NamedSharding(mesh, PartitionSpec(None, vocab_axis))
+        return head._replace(kernel=jax.lax.with_sharding_constraint(head.kernel, columns))
+
+    teacher = inputs.teacher
+    if teacher is None:
+        return aligned(student_head, plan.vocab_size, (student_head,)), inputs
+    if plan.teacher_vocab_size:
+        student = aligned(student_head, plan.vocab_size, (student_head,))
+        heads = [aligned(h, plan.teacher_vocab_size, teacher.heads) for h in teacher.heads]
+    else:
+        together = (student_head, *teacher.heads)
+        student, *heads = (aligned(head, plan.vocab_size, together) for head in together)
+    return student, inputs._replace(teacher=teacher._replace(heads=tuple(heads)))
 
 
 def _cut(student_hidden: Array, inputs: LossInputs, chunk: int) -> _Chunk:
@@ -180,11 +272,16 @@ def _cut(student_hidden: Array, inputs: LossInputs, chunk: int) -> _Chunk:
         return jnp.moveaxis(x, lead, 0)
 
     teacher = inputs.teacher
+    weights = None if teacher is None else teacher.weights
     return _Chunk(
         student_hidden=cut(student_hidden),
-        teacher_hidden=None if teacher is None else cut(jax.lax.stop_gradient(teacher.hidden)),
+        teacher_hidden=()
+        if teacher is None
+        else tuple(cut(jax.lax.stop_gradient(hidden)) for hidden in teacher.hidden),
+        teacher_weights=None if weights is None else cut(weights, lead=1),
         labels=cut(inputs.labels),
         role=cut(inputs.role),
+        draw=cut(inputs.draw),
         scale=cut(inputs.scale, lead=1),
     )
 
@@ -198,35 +295,51 @@ def _active(part: _Chunk, values: Float[Array, "N any"]) -> Float[Array, "N any"
     return jnp.where(active, values, jnp.zeros((), values.dtype))
 
 
-def _logits(
-    part: _Chunk, student_head: Array, teacher: TeacherTargets | None
+def _view(
+    part: _Chunk, student_head: Head, teacher: TeacherTargets | None, plan: ChunkPlan
 ) -> tuple[Array, ChunkView]:
-    """Logits of both models for one chunk, float32."""
+    """The student's product with its head, and all else that a term may see; float32."""
 
-    def product(hidden: Array, head: Array) -> Array:
-        return jnp.matmul(_active(part, hidden), head, preferred_element_type=jnp.float32)
+    def product(hidden: Array, head: Head) -> Array:
+        return jnp.matmul(_active(part, hidden), head.kernel, preferred_element_type=jnp.float32)
 
-    student_logits = product(part.student_hidden, student_head)
     teacher_logits = None
-    if teacher is not None and part.teacher_hidden is not None:
-        teacher_logits = product(part.teacher_hidden, jax.lax.stop_gradient(teacher.head))
+    if teacher is not None:
+        heads = jax.lax.stop_gradient(teacher.heads)
+        size = plan.teacher_vocab_size or plan.vocab_size
         # Entries of the head that are -inf or NaN meet masked tokens too.
-        teacher_logits = _active(part, teacher_logits)
-    return student_logits, ChunkView(student_logits, teacher_logits, part.labels, part.role)
+        all_logits = tuple(
+            finish(_active(part, product(hidden, head)), head, size)
+            for hidden, head in zip(part.teacher_hidden, heads, strict=True)
+        )
+        teacher_logits = all_logits[0]
+        if part.teacher_weights is not None:
+            teacher_logits = mixture(
+                all_logits, part.teacher_weights, part.labels, by_confidence=plan.by_confidence
+            )
+    raw = product(part.student_hidden, student_head)
+    view = ChunkView(raw, teacher_logits, part.labels, part.role, part.draw, plan.vocab_shards)
+    return raw, view
 
 
 def _chunk_value(
-    student_logits: Array, view: ChunkView, scale: Array, terms: Objective
+    raw: Array,
+    head: Head,
+    view: ChunkView,
+    part: _Chunk,
+    inputs: LossInputs,
+    terms: Objective,
+    plan: ChunkPlan,
 ) -> tuple[Array, Array]:
     """Scaled sum over terms and tokens of one chunk, and the nats [K, N]."""
-    view = view._replace(student_logits=student_logits)
-    nats = jnp.stack([term.term(view) for term in terms])
-    nats = jnp.where(scale > 0, nats, jnp.float32(0))
-    return jnp.sum(scale * nats), nats
+    view = view._replace(student_logits=finish(raw, head, plan.vocab_size))
+    nats = jnp.stack([t.nats(view, inputs.temperature[k]) for k, t in enumerate(terms)])
+    nats = jnp.where(part.scale > 0, nats, jnp.float32(0))
+    return jnp.sum(part.scale * nats), nats
 
 
 def _uncut(nats: Array, shape: tuple[int, ...]) -> Array:
-    """[M, K, N] back to [K, B, T]."""
+    """[C, K, N] back to [K, B, T]."""
     K, B, T = shape
     return jnp.moveaxis(nats, 1, 0).reshape(K, -1)[:, : B * T].reshape(K, B, T)
 

@@ -2,91 +2,235 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from ddk_jax.losses.divergences import Term, cross_entropy, forward_kl
+from ddk_jax.losses import divergences, ranked, sparse, truncated
+from ddk_jax.losses.bild import bild
+from ddk_jax.losses.divergences import ChunkView
+from ddk_jax.losses.state_terms import StateLoss, StateTerm
+from ddk_jax.losses.targets import teacher_cross_entropy
 
 PADDING, PROMPT, RESPONSE = 0, 1, 2
 Roles: TypeAlias = Literal["all", "prompt", "response"]
+Schedule: TypeAlias = Callable[[Int[Array, ""]], Float[Array, ""]]
+"""A number as a function of the finished steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loss:
+    """A divergence under its name in a config; its keyword arguments are its settings."""
+
+    function: Callable[..., Float[Array, "N"]]
+    """Nats per token of a `ChunkView`."""
+    needs_teacher: bool = True
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """What can be set, without the temperature, which may follow a schedule."""
+        found = inspect.signature(self.function).parameters.values()
+        return tuple(p.name for p in found if p.kind is p.KEYWORD_ONLY and p.name != "temperature")
+
+    @property
+    def takes_temperature(self) -> bool:
+        """Whether the softmaxes of this loss have a temperature."""
+        return "temperature" in inspect.signature(self.function).parameters
+
+
+LOSSES: dict[str, Loss] = {
+    "cross_entropy": Loss(function=divergences.cross_entropy, needs_teacher=False),
+    "teacher_cross_entropy": Loss(function=teacher_cross_entropy),
+    "forward_kl": Loss(function=divergences.forward_kl),
+    "reverse_kl": Loss(function=divergences.reverse_kl),
+    "generalised_jsd": Loss(function=divergences.generalised_jsd),
+    "skew_kl": Loss(function=divergences.skew_kl),
+    "skew_reverse_kl": Loss(function=divergences.skew_reverse_kl),
+    "symmetric_kl": Loss(function=divergences.symmetric_kl),
+    "total_variation": Loss(function=divergences.total_variation),
+    "spherical_kl": Loss(function=divergences.spherical_kl),
+    "bild": Loss(function=bild),
+    "adaptive_kl": Loss(function=ranked.adaptive_kl),
+    "uld": Loss(function=ranked.uld),
+    "top_k_overlap": Loss(function=ranked.top_k_overlap),
+    "top_k_kl": Loss(function=truncated.top_k_kl),
+    "top_p_kl": Loss(function=truncated.top_p_kl),
+    "bounded_kl": Loss(function=truncated.bounded_kl),
+    "sampled_kl": Loss(function=sparse.sampled_kl),
+    "sampled_cross_entropy": Loss(function=sparse.sampled_cross_entropy),
+}
+STATE_LOSSES: tuple[StateLoss, ...] = typing.get_args(StateLoss)
+"""Losses on inner states; their settings are the fields of `StateTerm`."""
+METRICS = ("teacher_cross_entropy", "top_k_overlap")
+"""They measure and have no gradient: not for an objective."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightedTerm:
-    """A divergence with its place in the objective."""
+    """A loss with its settings and its place in the objective."""
 
     name: str
-    term: Term
+    """In metrics and figures; unique in an objective."""
+    loss: Callable[..., Float[Array, "N"]] | StateTerm
+    """Of a `ChunkView`, and of a `temperature` if there is a schedule of it; or of inner states."""
     needs_teacher: bool
-    weight: float = 1.0
+    weight: Schedule
     """Factor of the mean nats per token of this term."""
-    roles: Roles = "all"
+    temperature: Schedule | None
+    temperature_squared: bool
+    """Multiply the weight by the squared temperature, so that the gradient keeps its scale
+    (Hinton et al. 2015). The logged nats of the term stay unscaled."""
+    roles: Roles
     """Tokens that the mean is taken over."""
+
+    def nats(self, view: ChunkView, temperature: Float[Array, ""]) -> Float[Array, "N"]:
+        """Nats per token, of a term on logits."""
+        assert not isinstance(self.loss, StateTerm)
+        if self.temperature is None:
+            return self.loss(view)
+        return self.loss(view, temperature=temperature)
 
 
 Objective: TypeAlias = tuple[WeightedTerm, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class LossEntry:
-    """How a loss is made from its settings."""
-
-    make: Callable[..., Float[Array, "N"]]
-    """A `Term`; with the keyword `temperature` when `takes_temperature`."""
-    takes_temperature: bool
-    needs_teacher: bool
-
-
-LOSSES: dict[str, LossEntry] = {
-    "cross_entropy": LossEntry(make=cross_entropy, takes_temperature=False, needs_teacher=False),
-    "forward_kl": LossEntry(make=forward_kl, takes_temperature=True, needs_teacher=True),
-}
+def constant(value: float) -> Schedule:
+    """The schedule that stays at `value`."""
+    return lambda step: jnp.float32(value)
 
 
 def make_term(
-    name: str,
+    loss: str,
     *,
-    weight: float = 1.0,
-    temperature: float = 1.0,
+    name: str = "",
+    weight: float | Schedule = 1.0,
+    temperature: float | Schedule = 1.0,
     temperature_squared: bool = False,
     roles: Roles = "all",
+    settings: Mapping[str, Any] | None = None,
 ) -> WeightedTerm:
-    """The loss called `name` in `LOSSES`, with its settings bound.
+    """The loss of this name, with its settings bound.
 
     Args:
-      name: key of `LOSSES`.
-      weight: factor of the term's mean.
-      temperature: softmax temperature of both models; must be 1 for a loss on labels.
-      temperature_squared: multiply by the squared temperature, so that the gradient keeps its scale
-        (Hinton et al. 2015). The logged nats of the term stay unscaled.
+      loss: one of `LOSSES` or of `STATE_LOSSES`.
+      name: of the term; default: that of the loss.
+      weight: factor of the term's mean, a number or a schedule.
+      temperature: softmax temperature of both models, likewise; 1 for a loss without.
+      temperature_squared: multiply the weight by the squared temperature.
       roles: tokens that the mean is taken over.
+      settings: keyword arguments of the loss.
+
+    Raises:
+      ValueError: a setting that the loss has not, of the wrong type or out of its range; a
+        temperature for a loss without.
     """
-    entry = LOSSES[name]
-    term = partial(entry.make, temperature=temperature) if entry.takes_temperature else entry.make
-    if not entry.takes_temperature and temperature != 1.0:
-        raise ValueError(f"{name} has no temperature: leave it at 1.0, got {temperature}")
+    settings = dict(settings or {})
+    if loss in STATE_LOSSES:
+        _check_settings(loss, StateTerm.settings(loss), typing.get_type_hints(StateTerm), settings)
+        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        bound: Any = StateTerm(loss=loss, **lists)  # type: ignore[arg-type]
+        with_teacher = not bound.of_labels or bound.through == "teacher"
+    else:
+        function = LOSSES[loss].function
+        kinds = typing.get_type_hints(function)
+        _check_settings(loss, LOSSES[loss].settings, kinds, settings)
+        bound, with_teacher = partial(function, **settings), LOSSES[loss].needs_teacher
+    takes_temperature = loss in LOSSES and LOSSES[loss].takes_temperature
+    if not takes_temperature and (temperature != 1.0 or temperature_squared):
+        raise ValueError(f"{loss} has no temperature: leave it out")
+    if isinstance(temperature, float):
+        temperature = constant(temperature)
     return WeightedTerm(
-        name=name,
-        term=term,
-        needs_teacher=entry.needs_teacher,
-        weight=weight * (temperature**2 if temperature_squared else 1.0),
+        name=name or loss,
+        loss=bound,
+        needs_teacher=with_teacher,
+        weight=weight if callable(weight) else constant(weight),
+        temperature=temperature if takes_temperature else None,
+        temperature_squared=temperature_squared,
         roles=roles,
     )
 
 
+def _check_settings(
+    loss: str, known: Sequence[str], kinds: Mapping[str, Any], settings: Mapping[str, Any]
+) -> None:
+    """Names and types; the ranges are checked by the loss itself, when it is traced."""
+    for key, value in settings.items():
+        if key not in known:
+            listed = ", ".join(known) or "none"
+            raise ValueError(f"{loss} has no setting {key!r}; it has: {listed}")
+        if not _is_of(kinds[key], value):
+            choices = typing.get_args(kinds[key])
+            wanted = f"one of {choices}" if choices else kinds[key].__name__
+            raise ValueError(f"{loss}: {key} = {value!r} is not {wanted}")
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    if isinstance(kind, types.UnionType):
+        return any(_is_of(choice, value) for choice in typing.get_args(kind))
+    if typing.get_origin(kind) is Literal:
+        return value in typing.get_args(kind)
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        return isinstance(value, list | tuple) and all(_is_of(item, x) for x in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
+
+
+def check_terms(objective: Objective) -> None:
+    """Trace every term once, so that a setting out of its range is refused here and not in a step.
+
+    Raises:
+      ValueError: from the loss; it says which setting, and what it may be.
+    """
+    tokens, vocabulary = 2, 512
+    logits = jax.ShapeDtypeStruct((tokens, vocabulary), jnp.float32)
+    numbers = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    draw = jax.ShapeDtypeStruct((tokens,), jnp.uint32)
+
+    def trace(term: WeightedTerm, z: Array, integers: Array, draws: Array) -> Array:
+        return term.nats(ChunkView(z, z, integers, integers, draws), jnp.float32(1))
+
+    for term in objective:
+        if not isinstance(term.loss, StateTerm):
+            jax.eval_shape(partial(trace, term), logits, numbers, draw)
+
+
+def settings_of(loss: str) -> tuple[str, ...]:
+    """Names of the settings of a loss."""
+    return StateTerm.settings(loss) if loss in STATE_LOSSES else LOSSES[loss].settings
+
+
 def needs_teacher(objective: Objective) -> bool:
-    """Whether any term looks at teacher logits."""
+    """Whether any term looks at a teacher."""
     return any(term.needs_teacher for term in objective)
+
+
+def temperatures(objective: Objective, step: Int[Array, ""]) -> Float[Array, "K"]:
+    """Temperature of every term at a step; 1 where there is none."""
+    one = constant(1.0)
+    return jnp.stack([(term.temperature or one)(step) for term in objective]).astype(jnp.float32)
+
+
+def term_factors(objective: Objective, step: Int[Array, ""]) -> Float[Array, "K"]:
+    """What the mean nats of every term are multiplied by at a step."""
+    weights = jnp.stack([term.weight(step) for term in objective]).astype(jnp.float32)
+    squared = jnp.array([term.temperature_squared for term in objective])
+    return weights * jnp.where(squared, jnp.square(temperatures(objective, step)), jnp.float32(1))
 
 
 def term_weights(
     objective: Objective, role: Int[Array, "*axes"], weights: Float[Array, "*axes"]
-) -> Float[Array, "terms *axes"]:
+) -> Float[Array, "K *axes"]:
     """The token weights of every term: `weights` where the role fits, else 0."""
     wanted = {"all": (PROMPT, RESPONSE), "prompt": (PROMPT,), "response": (RESPONSE,)}
 

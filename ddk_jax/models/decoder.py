@@ -6,7 +6,7 @@ D head width, L layers.
 Parameters are a plain nested dict. The layers at one position of `spec.pattern` are stacked on a
 leading axis and scanned, so a deep model compiles as fast as a shallow one; layers that do not fill
 a whole period are unrolled (`tail`). Each parameter is described once, where its module declares
-it: shape, initialiser and logical axes are held by its `nnx.Param`.
+it: shape, initial distribution and logical axes are held by its `nnx.Param`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -23,6 +23,18 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ddk_jax.models.attention import attention
+from ddk_jax.models.collect import (
+    NOTHING,
+    Collect,
+    Collected,
+    Projected,
+    Slots,
+    buffers,
+    finish,
+    keep,
+    layer_slots,
+)
+from ddk_jax.models.initial import normal, parameter_keys
 from ddk_jax.models.spec import ModelSpec
 
 Params: TypeAlias = dict[str, Any]
@@ -31,19 +43,18 @@ Rope: TypeAlias = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 INIT_STDDEV = 0.02
 
 
-def _normal(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], gain: float = 1.0
-) -> Any:
-    """A matrix with normally distributed float32 values and the logical name of each axis."""
-    values = INIT_STDDEV * gain * jax.random.normal(rngs.params(), shape, jnp.float32)
-    return nnx.Param(values, axes=axes)
+def _matrix(shape: tuple[int, ...], axes: tuple[str, ...], gain: float = 1.0) -> Any:
+    """A matrix without values yet: its shape, its distribution, a logical name for each axis."""
+    abstract = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return nnx.Param(abstract, axes=axes, mean=0.0, stddev=INIT_STDDEV * gain)
 
 
 class RMSNorm(nnx.Module):
     """Root-mean-square norm with a learned scale; computed in float32."""
 
     def __init__(self, size: int, eps: float) -> None:
-        self.scale = nnx.Param(jnp.ones((size,), jnp.float32), axes=("norm",))
+        abstract = jax.ShapeDtypeStruct((size,), jnp.float32)
+        self.scale = nnx.Param(abstract, axes=("norm",), mean=1.0, stddev=0.0)
         self.eps = eps
 
     def __call__(self, x_BTE: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
@@ -56,33 +67,33 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Causal grouped-query attention with rotary positions, within segments."""
 
-    def __init__(self, spec: ModelSpec, rngs: nnx.Rngs) -> None:
+    def __init__(self, spec: ModelSpec) -> None:
         E, H, K, D = spec.hidden_size, spec.num_heads, spec.num_kv_heads, spec.head_width
         residual_gain = 1 / math.sqrt(2 * spec.num_layers)
-        self.q = _normal(rngs, (E, H, D), ("embed", "heads", "head_width"))
-        self.k = _normal(rngs, (E, K, D), ("embed", "kv_heads", "head_width"))
-        self.v = _normal(rngs, (E, K, D), ("embed", "kv_heads", "head_width"))
-        self.o = _normal(rngs, (H, D, E), ("heads", "head_width", "embed"), residual_gain)
+        self.q = _matrix((E, H, D), ("embed", "heads", "head_width"))
+        self.k = _matrix((E, K, D), ("embed", "kv_heads", "head_width"))
+        self.v = _matrix((E, K, D), ("embed", "kv_heads", "head_width"))
+        self.o = _matrix((H, D, E), ("heads", "head_width", "embed"), residual_gain)
 
     def __call__(
         self, x_BTE: Float[Array, "B T E"], rope: Rope, mask_BTT: Bool[Array, "B T T"]
-    ) -> Float[Array, "B T E"]:
-        """What the heads read together, projected back."""
-        q_BTHD = rotate(linear(x_BTE, self.q[...]), rope)
-        k_BTKD = rotate(linear(x_BTE, self.k[...]), rope)
+    ) -> tuple[Float[Array, "B T E"], Projected]:
+        """What the heads read together, projected back; and what they compared and read."""
+        q_BTHD, k_BTKD = linear(x_BTE, self.q[...]), linear(x_BTE, self.k[...])
         v_BTKD = linear(x_BTE, self.v[...])
-        out_BTHD = attention(q_BTHD, k_BTKD, v_BTKD, mask_BTT)
-        return linear(out_BTHD, self.o[...], contracted=2)
+        out_BTHD = attention(rotate(q_BTHD, rope), rotate(k_BTKD, rope), v_BTKD, mask_BTT)
+        projected = Projected(q_BTHD, k_BTKD, v_BTKD)
+        return linear(out_BTHD, self.o[...], contracted=2), projected
 
 
 class GatedMLP(nnx.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, spec: ModelSpec, rngs: nnx.Rngs) -> None:
+    def __init__(self, spec: ModelSpec) -> None:
         E, F = spec.hidden_size, spec.ffn_size
-        self.gate = _normal(rngs, (E, F), ("embed", "ffn"))
-        self.up = _normal(rngs, (E, F), ("embed", "ffn"))
-        self.down = _normal(rngs, (F, E), ("ffn", "embed"), 1 / math.sqrt(2 * spec.num_layers))
+        self.gate = _matrix((E, F), ("embed", "ffn"))
+        self.up = _matrix((E, F), ("embed", "ffn"))
+        self.down = _matrix((F, E), ("ffn", "embed"), 1 / math.sqrt(2 * spec.num_layers))
 
     def __call__(self, x_BTE: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """The MLP's output, token by token."""
@@ -93,35 +104,36 @@ class GatedMLP(nnx.Module):
 class Layer(nnx.Module):
     """Pre-norm decoder layer of one kind (see `spec.pattern`)."""
 
-    def __init__(self, spec: ModelSpec, kind: str, rngs: nnx.Rngs) -> None:
+    def __init__(self, spec: ModelSpec, kind: str) -> None:
         assert kind == "global", kind
         self.attn_norm = RMSNorm(spec.hidden_size, spec.norm_eps)
-        self.attn = Attention(spec, rngs)
+        self.attn = Attention(spec)
         self.mlp_norm = RMSNorm(spec.hidden_size, spec.norm_eps)
-        self.mlp = GatedMLP(spec, rngs)
+        self.mlp = GatedMLP(spec)
 
     def __call__(
         self, x_BTE: Float[Array, "B T E"], rope: Rope, mask_BTT: Bool[Array, "B T T"]
-    ) -> Float[Array, "B T E"]:
-        """The residual stream after attention and MLP."""
+    ) -> tuple[Float[Array, "B T E"], Projected]:
+        """The residual stream after attention and MLP; and the attention's projections."""
         with jax.named_scope("attention"):
-            x_BTE = x_BTE + self.attn(self.attn_norm(x_BTE), rope, mask_BTT)
+            read_BTE, projected = self.attn(self.attn_norm(x_BTE), rope, mask_BTT)
+            x_BTE = x_BTE + read_BTE
         with jax.named_scope("mlp"):
-            return x_BTE + self.mlp(self.mlp_norm(x_BTE))
+            return x_BTE + self.mlp(self.mlp_norm(x_BTE)), projected
 
 
 class Embedding(nnx.Module):
     """Token embedding table; also the LM head of a tied model."""
 
-    def __init__(self, spec: ModelSpec, rngs: nnx.Rngs) -> None:
-        self.table = _normal(rngs, (spec.vocab_size, spec.hidden_size), ("vocab_in", "embed"))
+    def __init__(self, spec: ModelSpec) -> None:
+        self.table = _matrix((spec.vocab_size, spec.hidden_size), ("vocab_in", "embed"))
 
 
 class Head(nnx.Module):
     """LM head of an untied model."""
 
-    def __init__(self, spec: ModelSpec, rngs: nnx.Rngs) -> None:
-        self.kernel = _normal(rngs, (spec.hidden_size, spec.vocab_size), ("embed", "vocab"))
+    def __init__(self, spec: ModelSpec) -> None:
+        self.kernel = _matrix((spec.hidden_size, spec.vocab_size), ("embed", "vocab"))
 
 
 def linear(
@@ -180,57 +192,19 @@ class Decoder:
     """What the backward pass recomputes."""
 
     def init(self, key: Array) -> Params:
-        """Random float32 parameters."""
-        return self._build(key)[0]
+        """Random float32 parameters: a function of the key and the spec, on any number of devices.
+
+        A layer's values do not depend on the pattern, and those of a matrix not on the others.
+        """
+        return jax.tree.map(lambda leaf: leaf.draw(key), _leaves(self.spec))
 
     def abstract(self) -> Params:
-        """Shapes and types of `init`'s result, without computing it."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        """Shapes and types of `init`'s result."""
+        return jax.tree.map(lambda leaf: leaf.abstract, _leaves(self.spec))
 
     def logical_axes(self) -> Params:
         """A tuple of logical axis names in the place of every parameter."""
-        axes: Params = {}
-
-        def record(key: Array) -> Params:
-            params, found = self._build(key)
-            axes.update(found)
-            return params
-
-        jax.eval_shape(record, jax.random.key(0))
-        return axes
-
-    def _build(self, key: Array) -> tuple[Params, Params]:
-        """Parameters and their logical axes, both in the shape of the parameter tree."""
-        spec, period = self.spec, len(self.spec.pattern)
-        periods, rest = divmod(spec.num_layers, period)
-        keys = jax.random.split(key, spec.num_layers + 2)
-        stacked = keys[: periods * period].reshape(periods, period)
-
-        parts = {"embed": _split(Embedding(spec, nnx.Rngs(params=keys[-1])))}
-        if not spec.tied_head:
-            parts["head"] = _split(Head(spec, nnx.Rngs(params=keys[-2])))
-        parts["norm"] = _split(RMSNorm(spec.hidden_size, spec.norm_eps))
-        params = {name: values for name, (values, _) in parts.items()}
-        axes = {name: names for name, (_, names) in parts.items()}
-
-        def layer(kind: str, layer_key: Array) -> tuple[Params, Params]:
-            return _split(Layer(spec, kind, nnx.Rngs(params=layer_key)))
-
-        def layer_values(kind: str, layer_key: Array) -> Params:
-            return layer(kind, layer_key)[0]
-
-        params["layers"], axes["layers"] = {}, {}
-        for i, kind in enumerate(spec.pattern if periods else ()):
-            names = layer(kind, stacked[0, i])[1]
-            params["layers"][str(i)] = jax.vmap(partial(layer_values, kind))(stacked[:, i])
-            axes["layers"][str(i)] = jax.tree.map(
-                lambda n: ("layers", *n), names, is_leaf=lambda n: isinstance(n, tuple)
-            )
-        if rest:
-            tail = [layer(spec.pattern[i], keys[periods * period + i]) for i in range(rest)]
-            params["tail"] = {str(i): values for i, (values, _) in enumerate(tail)}
-            axes["tail"] = {str(i): names for i, (_, names) in enumerate(tail)}
-        return params, axes
+        return jax.tree.map(lambda leaf: leaf.axes, _leaves(self.spec))
 
     def apply(
         self,
@@ -238,47 +212,59 @@ class Decoder:
         tokens: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
         positions: Int[Array, "B T"],
-        collect: bool = False,
-    ) -> tuple[Float[Array, "B T E"], Float[Array, "L B T E"] | None]:
-        """Final hidden states, and on request those between the layers.
+        collect: Collect = NOTHING,
+    ) -> tuple[Float[Array, "B T E"], Collected]:
+        """Final hidden states, and chosen inner ones.
 
         Args:
           params: as from `init`; cast to `dtype` where they are used.
           tokens: token ids below `spec.vocab_size`.
           segment_ids: tokens attend within equal ids only; 0 is padding.
           positions: position of each token in its segment.
-          collect: also return the input of every layer, stacked, [L, B, T, E].
+          collect: which inner states to keep; static.
 
         Returns:
-          The normed hidden states that `head` turns into logits, and the collected ones.
+          The normed hidden states that `head` turns into logits, and the collected states.
+
+        Raises:
+          ValueError: `collect` chooses a layer beyond the last.
         """
-        spec = self.spec
+        spec, period = self.spec, len(self.spec.pattern)
         rope = rope_table(spec, positions)
         mask = causal_segment_mask(segment_ids)
         x = params["embed"]["table"][tokens].astype(self.dtype)
+        slots, kept = layer_slots(spec, collect), buffers(spec, collect, x)
 
-        def layer(kind: str, x: Array, layer_params: Params) -> Array:
-            return _merged(spec, kind, self._cast(layer_params))(x, rope, mask)
+        def layer(kind: str, x: Array, layer_params: Params) -> tuple[Array, Projected]:
+            return nnx.merge(_layer_graph(spec, kind), self._cast(layer_params))(x, rope, mask)
 
         run = {kind: self._rematerialised(partial(layer, kind)) for kind in set(spec.pattern)}
+        State = tuple[Array, Collected]
 
-        def one_period(x: Array, period_params: Params) -> tuple[Array, Array | None]:
-            inputs = []
+        def one_layer(kind: str, state: State, layer_params: Params, slot: Slots) -> State:
+            x, kept = state
+            out, projected = run[kind](x, layer_params)
+            return out, keep(kept, slot, x, projected)
+
+        def one_period(state: State, part: tuple[Params, Slots]) -> tuple[State, None]:
             for i, kind in enumerate(spec.pattern):
-                inputs.append(x)
-                x = run[kind](x, period_params[str(i)])
-            return x, jnp.stack(inputs) if collect else None
+                slot = Slots(part[1].hidden[i], part[1].qkv[i])
+                state = one_layer(kind, state, part[0][str(i)], slot)
+            return state, None
 
-        collected: list[Array] = []
-        if params["layers"]:
-            x, inputs = jax.lax.scan(one_period, x, params["layers"])
-            if inputs is not None:
-                collected.append(inputs.reshape(-1, *x.shape))
-        for i in range(spec.num_layers % len(spec.pattern)):
-            collected.append(x[None])
-            x = run[spec.pattern[i]](x, params["tail"][str(i)])
-        hidden = _merged_norm(spec, params["norm"])(x)
-        return hidden, jnp.concatenate(collected) if collect else None
+        state, whole = (x, kept), spec.num_layers // period * period
+        if whole:
+            by_period = jax.tree.map(lambda s: jnp.asarray(s[:whole].reshape(-1, period)), slots)
+            state, _ = jax.lax.scan(one_period, state, (params["layers"], by_period))
+        for i in range(spec.num_layers - whole):
+            slot = jax.tree.map(lambda s, i=i: int(s[whole + i]), slots)
+            state = one_layer(spec.pattern[i], state, params["tail"][str(i)], slot)
+        hidden = self.final_norm(params, state[0])
+        return hidden, finish(state[1], spec, collect, hidden)
+
+    def final_norm(self, params: Params, x_BTE: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """The norm behind the last layer: what it gives is what `head` reads."""
+        return nnx.merge(_norm_graph(self.spec), params["norm"])(x_BTE)
 
     def head(self, params: Params) -> Float[Array, "E V"]:
         """The matrix that turns hidden states into logits."""
@@ -288,7 +274,7 @@ class Decoder:
     def _cast(self, params: Params) -> Params:
         return jax.tree.map(lambda leaf: leaf.astype(self.dtype), params)
 
-    def _rematerialised(self, function: Callable[..., Array]) -> Callable[..., Array]:
+    def _rematerialised(self, function: Callable[..., Any]) -> Callable[..., Any]:
         if self.remat == "none":
             return function
         policy = None
@@ -297,25 +283,86 @@ class Decoder:
         return jax.checkpoint(function, policy=policy)
 
 
-def _split(module: nnx.Module) -> tuple[Params, Params]:
-    """Values and logical axes of a module, as plain dicts."""
-    state = nnx.state(module, nnx.Param)
-    axes: Params = {}
-    for path, param in nnx.to_flat_state(state):
+@dataclass(frozen=True)
+class _Leaf:
+    """One parameter, without values: of the model, or of the layers at one position."""
+
+    name: str
+    """Within its layer: the same for all of them."""
+    shape: tuple[int, ...]
+    """Of one layer's matrix."""
+    axes: tuple[str, ...]
+    """Logical names of all axes, that of the stacked layers included."""
+    mean: float
+    stddev: float
+    layers: range
+    """The layers that it belongs to; what belongs to none counts as layer 0."""
+
+    @property
+    def abstract(self) -> jax.ShapeDtypeStruct:
+        """Shape and type."""
+        stacked = len(self.axes) > len(self.shape)
+        shape = (len(self.layers), *self.shape) if stacked else self.shape
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    def draw(self, key: Array) -> Array:
+        """Random values."""
+        shape = self.abstract.shape
+        if not self.stddev:
+            return jnp.full(shape, self.mean, jnp.float32)
+        values = normal(parameter_keys(key, self.name, self.layers), self.shape)
+        return (self.mean + self.stddev * values).reshape(shape)
+
+
+@cache
+def _leaves(spec: ModelSpec) -> Params:
+    """The parameter tree with descriptions as its leaves. Not to be changed: it is shared."""
+    period = len(spec.pattern)
+    whole = spec.num_layers // period * period
+    one = range(1)
+
+    tree: Params = {"embed": _described(Embedding(spec), "embed", one)}
+    if not spec.tied_head:
+        tree["head"] = _described(Head(spec), "head", one)
+    tree["norm"] = _described(RMSNorm(spec.hidden_size, spec.norm_eps), "norm", one)
+    tree["layers"] = {
+        str(i): _described(Layer(spec, kind), "layer", range(i, whole, period), stacked=True)
+        for i, kind in enumerate(spec.pattern if whole else ())
+    }
+    if whole < spec.num_layers:
+        tree["tail"] = {
+            str(i): _described(
+                Layer(spec, spec.pattern[i]), "layer", range(whole + i, whole + i + 1)
+            )
+            for i in range(spec.num_layers - whole)
+        }
+    return tree
+
+
+def _described(module: nnx.Module, name: str, layers: range, *, stacked: bool = False) -> Params:
+    """The parameters of a module."""
+    tree: Params = {}
+    for path, param in nnx.to_flat_state(nnx.state(module, nnx.Param)):
         *parents, last = map(str, path)
-        node = axes
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[last] = param.axes
-    return nnx.to_pure_dict(state), axes
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = _Leaf(
+            name=".".join([name, *parents, last]),
+            shape=param.get_value().shape,
+            axes=("layers", *param.axes) if stacked else param.axes,
+            mean=param.mean,
+            stddev=param.stddev,
+            layers=layers,
+        )
+    return tree
 
 
-def _merged(spec: ModelSpec, kind: str, params: Params) -> Layer:
-    """A layer module around given values."""
-    abstract = nnx.eval_shape(lambda: Layer(spec, kind, nnx.Rngs(params=0)))
-    return nnx.merge(nnx.graphdef(abstract), params)
+@cache
+def _layer_graph(spec: ModelSpec, kind: str) -> Any:
+    return nnx.graphdef(Layer(spec, kind))
 
 
-def _merged_norm(spec: ModelSpec, params: Params) -> RMSNorm:
-    abstract = nnx.eval_shape(lambda: RMSNorm(spec.hidden_size, spec.norm_eps))
-    return nnx.merge(nnx.graphdef(abstract), params)
+@cache
+def _norm_graph(spec: ModelSpec) -> Any:
+    return nnx.graphdef(RMSNorm(spec.hidden_size, spec.norm_eps))

@@ -12,6 +12,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 MESH_AXES = ("data", "fsdp", "tensor")
 DATA_AXES = ("data", "fsdp")
 """Axes that share the rows of a batch."""
+VOCAB_AXIS = "tensor"
+"""Axis that shares the columns of the LM heads."""
 
 RULES: dict[str, str | None] = {
     "layers": None,
@@ -21,7 +23,7 @@ RULES: dict[str, str | None] = {
     "head_width": None,
     "ffn": "tensor",
     "norm": None,
-    "vocab": "tensor",
+    "vocab": VOCAB_AXIS,
     # The look-up in a vocabulary-sharded table all-reduces the whole batch: shard its width alone.
     "vocab_in": None,
 }

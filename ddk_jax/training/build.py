@@ -6,7 +6,7 @@ The names in the config (losses, controllers, types) are resolved here and nowhe
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,27 +16,39 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array
 
-from ddk_jax.config import Config, TermConfig, resolve_path, suggest
+from ddk_jax.config import (
+    Config,
+    OtherTeacherConfig,
+    TeacherConfig,
+    load_config,
+    resolve_path,
+    suggest,
+)
 from ddk_jax.data.pipeline import MixturePipeline
 from ddk_jax.data.rows import DomainRows, open_rows, validation_batches
 from ddk_jax.data.shards import Manifest, read_manifest
 from ddk_jax.data.tokenize import Tokenizer, same_tokens
 from ddk_jax.errors import DataError, UserError
-from ddk_jax.losses.objective import (
-    LOSSES,
-    Objective,
-    WeightedTerm,
-    make_term,
-    needs_teacher,
-)
+from ddk_jax.losses.chunked import ChunkPlan, chunk_tokens
+from ddk_jax.losses.objective import Objective, WeightedTerm, check_terms, needs_teacher
+from ddk_jax.losses.state_terms import Shape, StateTerm
 from ddk_jax.mixture.controllers import CONTROLLERS, Controller, Static
 from ddk_jax.mixture.gaps import GAPS
 from ddk_jax.models import families, hf
 from ddk_jax.models.decoder import Decoder
 from ddk_jax.models.spec import ModelSpec
-from ddk_jax.parallel.mesh import data_shards, make_mesh, param_shardings
+from ddk_jax.parallel.mesh import (
+    VOCAB_AXIS,
+    data_shards,
+    make_mesh,
+    param_shardings,
+    replicated,
+)
+from ddk_jax.training.checkpoint import read_latest
 from ddk_jax.training.evaluate import DomainNats, cached, measure
+from ddk_jax.training.micro import Frozen, MicroLoss, Teachers
 from ddk_jax.training.optimizer import make_optimizer
 from ddk_jax.training.state import (
     Batch,
@@ -46,6 +58,7 @@ from ddk_jax.training.state import (
     state_shardings,
 )
 from ddk_jax.training.step import TrainStep, make_eval_step, make_train_step
+from ddk_jax.training.terms import make_objective
 
 
 def compute_dtype(name: str) -> Any:
@@ -53,32 +66,6 @@ def compute_dtype(name: str) -> Any:
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
-
-
-def make_objective(terms: Sequence[TermConfig]) -> Objective:
-    """The weighted terms that the config names.
-
-    Raises:
-      UserError: an unknown loss, with a suggestion.
-    """
-    return tuple(_make_term(term) for term in terms)
-
-
-def _make_term(term: TermConfig) -> WeightedTerm:
-    if term.loss not in LOSSES:
-        raise UserError(
-            f"objective.terms: unknown loss {term.loss!r}: {suggest(term.loss, list(LOSSES))}"
-        )
-    try:
-        return make_term(
-            term.loss,
-            weight=term.weight,
-            temperature=term.temperature,
-            temperature_squared=term.temperature_squared,
-            roles=term.roles,
-        )
-    except ValueError as error:
-        raise UserError(f"objective.terms: {error}") from error
 
 
 def make_controller(config: Config) -> Controller:
@@ -132,6 +119,35 @@ def load_model(path: str, mesh: Mesh, *, dtype: Any, params_dtype: Any) -> Loade
     return Loaded(decoder=decoder, params=params, digest=hf.file_digest(directory))
 
 
+def trained_filters(run_dir: str, layers: tuple[int, ...], mesh: Mesh) -> Array:
+    """The filters that a run of `layer_cross_entropy` ended with, [n, width, width'].
+
+    Args:
+      run_dir: the run.
+      layers: that the filters must be of.
+      mesh: where to.
+
+    Raises:
+      UserError: the run has no such term, has saved nothing, or filtered other layers.
+    """
+    directory = resolve_path(run_dir)
+    if not (directory / "config.yaml").is_file():
+        raise UserError(f"{run_dir}: not a run directory (no config.yaml)")
+    job = Job(load_config(directory / "config.yaml"))
+    terms = {t.name: t.loss for t in job.objective if isinstance(t.loss, StateTerm)}
+    filters = {name: loss for name, loss in terms.items() if loss.of_labels}
+    if len(filters) != 1:
+        raise UserError(f"{run_dir}: its objective has no term layer_cross_entropy, or several")
+    ((name, loss),) = filters.items()
+    assert loss.maps is not None
+    if loss.maps.student != layers:
+        raise UserError(f"{run_dir} has filters of layers {loss.maps.student}, not of {layers}")
+    restored = read_latest(directory / "checkpoints", job.abstract_state())
+    if restored is None:
+        raise UserError(f"{run_dir}: the run has not saved a checkpoint yet")
+    return jax.device_put(restored.state.params["objective"][name]["map"], replicated(mesh))
+
+
 @dataclass(frozen=True)
 class Job:
     """A run's parts, made from its config; expensive ones are made when first asked for."""
@@ -176,35 +192,57 @@ class Job:
         return open_rows(resolve_path(self.config.data.dir), "train", self.config.data.seq_len)
 
     @cached_property
-    def teacher(self) -> Loaded | None:
-        """The teacher, if the config names one; its tokenizer must be the data's."""
-        config = self.config
-        if self.teacher_spec is None:
-            return None
-        return load_model(
-            config.teacher.path, self.mesh, dtype=self.dtype, params_dtype=self.teacher_dtype
-        )
+    def teachers(self) -> tuple[Loaded, ...]:
+        """The teachers that the config names; their tokenizer must be the data's."""
+        _ = self.teacher_specs  # refuse a wrong one before reading the weights of the others
+        dtypes = {"dtype": self.dtype, "params_dtype": self.teacher_dtype}
+        return tuple(load_model(t.path, self.mesh, **dtypes) for t in self._teacher_configs)
+
+    @property
+    def _teacher_configs(self) -> tuple[TeacherConfig | OtherTeacherConfig, ...]:
+        teacher = self.config.teacher
+        return (teacher, *teacher.others) if teacher.path else ()
 
     @cached_property
     def teacher_dtype(self) -> Any:
-        """Type that the teacher's parameters are held in."""
+        """Type that the teachers' parameters are held in."""
         name = self.config.teacher.dtype
         return self.dtype if name == "auto" else compute_dtype(name)
 
     @cached_property
-    def teacher_spec(self) -> ModelSpec | None:
-        """The teacher's shape, if the config names one; cheap, for its weights are not read."""
-        path = self.config.teacher.path
-        if not path:
-            return None
-        spec = hf.read_spec(resolve_path(path))
-        self._check_tokens(path, "teacher", spec)
-        return spec
+    def teacher_specs(self) -> tuple[ModelSpec, ...]:
+        """The teachers' shapes; cheap, for their weights are not read."""
+        specs = []
+        for teacher in self._teacher_configs:
+            specs.append(hf.read_spec(resolve_path(teacher.path)))
+            self._check_tokens(teacher.path, "teacher", specs[-1])
+        return tuple(specs)
+
+    @cached_property
+    def teacher_weights(self) -> np.ndarray:
+        """Weight of every teacher in every domain, float64 [D, M]."""
+        for teacher in self._teacher_configs:
+            for name in teacher.domains.keys() - set(self.domains):
+                raise UserError(
+                    f"teacher {teacher.path}: unknown domain {name}: {suggest(name, self.domains)}"
+                )
+        teachers = self._teacher_configs
+        by_domain = [[t.domains.get(d, t.weight) for t in teachers] for d in self.domains]
+        weights = np.array(by_domain, np.float64)
+        for domain, total in zip(self.domains, weights.sum(axis=1), strict=True):
+            if teachers and not total > 0:
+                raise UserError(f"domain {domain}: no teacher has a weight there")
+        return weights
+
+    @property
+    def teacher_params(self) -> tuple[Any, ...]:
+        """Their parameters, as the train step takes them."""
+        return tuple(t.params for t in self.teachers)
 
     @cached_property
     def student(self) -> Decoder:
         """The student's decoder."""
-        config, teacher = self.config.student, self.teacher_spec
+        config, teachers = self.config.student, self.teacher_specs
         if config.path:
             spec = hf.read_spec(resolve_path(config.path))
             self._check_tokens(config.path, "student", spec)
@@ -216,14 +254,9 @@ class Job:
                         f"student.spec.{name} is missing: describe the student, or set "
                         "student.path to a model directory"
                     )
-            size = teacher.vocab_size if teacher else self.manifest.tokenizer.vocab_size
+            size = teachers[0].vocab_size if teachers else self.manifest.tokenizer.vocab_size
             spec = replace(spec, vocab_size=spec.vocab_size or size)
             families.config_from_spec(spec)  # refuse now what could not be exported later
-        if teacher and spec.vocab_size != teacher.vocab_size:
-            raise UserError(
-                f"the student has {spec.vocab_size} embeddings, the teacher "
-                f"{teacher.vocab_size}: they must share one vocabulary"
-            )
         if spec.vocab_size < self.manifest.tokenizer.vocab_size:
             raise UserError(
                 f"the student has {spec.vocab_size} embeddings, the tokenizer "
@@ -233,20 +266,74 @@ class Job:
 
     @cached_property
     def objective(self) -> Objective:
-        """The terms of the loss."""
+        """The terms of the loss, bound to the models."""
         objective = make_objective(self.config.objective.terms)
         if needs_teacher(objective) and not self.config.teacher.path:
             names = [term.name for term in objective if term.needs_teacher]
             raise UserError(
                 f"objective.terms: {', '.join(names)} needs a teacher: set teacher.path"
             )
-        return objective
+        try:
+            check_terms(objective)
+            return tuple(self._bound(term) for term in objective)
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"objective.terms: {error}") from error
+
+    def _bound(self, term: WeightedTerm) -> WeightedTerm:
+        if not isinstance(term.loss, StateTerm):
+            return term
+        return replace(term, loss=term.loss.bound(*self._shapes))
+
+    @property
+    def _shapes(self) -> tuple[Shape, Shape]:
+        """Of the student and of the (first) teacher, as terms on inner states see them."""
+        ours = self.student.spec
+        first, *others = self.teacher_specs or (ours,)
+        if others:
+            raise UserError("objective.terms: inner states are compared with one teacher only")
+        student, teacher = (Shape(s.num_layers, s.hidden_size) for s in (ours, first))
+        return student, teacher
+
+    def _objective_params(self, key: Array) -> dict[str, Any]:
+        """Learned parameters of the terms, at the start."""
+        params = {}
+        for index, term in enumerate(self.objective):
+            if isinstance(term.loss, StateTerm):
+                learned = term.loss.initial(jax.random.fold_in(key, index), *self._shapes)
+                params[term.name] = learned | self._student_filters[term.name]
+        return {name: learned for name, learned in params.items() if learned}
+
+    @cached_property
+    def frozen_objective(self) -> dict[str, Any]:
+        """What terms read and do not learn."""
+        return {name: found for name, found in self._filters("teacher").items() if found}
+
+    @cached_property
+    def _student_filters(self) -> dict[str, dict[str, Any]]:
+        return self._filters("student")
+
+    def _filters(self, whose: str) -> dict[str, dict[str, Any]]:
+        """The filters that the terms take from earlier runs, by the name of the term."""
+        found: dict[str, dict[str, Any]] = {}
+        for config, term in zip(self.config.objective.terms, self.objective, strict=True):
+            path = config.settings.get(f"{whose}_filters")
+            found[term.name] = {}
+            if path is not None and isinstance(term.loss, StateTerm):
+                wanted = getattr(term.loss.maps, whose)
+                name = "map" if whose == "student" else "teacher_map"
+                found[term.name] = {name: trained_filters(path, wanted, self.mesh)}
+        return found
 
     @cached_property
     def optimizer(self) -> optax.GradientTransformation:
         """The optimizer."""
         return make_optimizer(
-            self.config.optim, self.config.train.steps, self.student.logical_axes()
+            self.config.optim,
+            self.config.train.steps,
+            self.student.logical_axes(),
+            freeze_student=self.config.student.frozen,
         )
 
     @cached_property
@@ -282,22 +369,26 @@ class Job:
         if config.train.stop_discrepancy and not config.teacher.path:
             raise UserError("train.stop_discrepancy compares with a teacher: set teacher.path")
         _ = self.objective, self.controller, self.micro_rows, self.student, self.train_rows
+        _ = self.teacher_weights
 
     def initial_state(self) -> TrainState:
         """The state before the first step, in its shardings."""
         student, config = self.student, self.config
+        keys = jax.random.split(jax.random.key(config.run.seed))
+        objective = self._objective_params(keys[1])
         if config.student.path:
             shardings = self.state_shardings.params["student"]
             params = hf.load(
                 resolve_path(config.student.path), spec=student.spec, shardings=shardings
             )
-            return jax.jit(
-                lambda p: initial_state(p, {}, self.optimizer), out_shardings=self.state_shardings
-            )(params)
-        return jax.jit(
-            lambda key: initial_state(student.init(key), {}, self.optimizer),
-            out_shardings=self.state_shardings,
-        )(jax.random.key(config.run.seed))
+        else:
+            params = None  # made inside, so that every device makes its own part
+
+        def start(key: Array, params: Any, objective: Any) -> TrainState:
+            made = student.init(key) if params is None else params
+            return initial_state(made, objective, self.optimizer)
+
+        return jax.jit(start, out_shardings=self.state_shardings)(keys[0], params, objective)
 
     @cached_property
     def state_shardings(self) -> TrainState:
@@ -314,23 +405,52 @@ class Job:
 
     @cached_property
     def _abstract_state(self) -> TrainState:
+        _ = self._student_filters  # are read, not traced
+        objective = jax.eval_shape(self._objective_params, jax.random.key(0))
         return jax.eval_shape(
-            lambda key: initial_state(self.student.init(key), {}, self.optimizer),
-            jax.random.key(0),
+            lambda o: initial_state(self.student.init(jax.random.key(0)), o, self.optimizer),
+            objective,
         )
 
     def train_step(self) -> TrainStep:
         """The jitted train step."""
-        teacher = self.teacher
+        decoders = tuple(teacher.decoder for teacher in self.teachers)
+        loss = MicroLoss(
+            student=self.student,
+            teachers=Teachers(decoders, self.teacher_weights) if decoders else None,
+            objective=self.objective,
+            plan=self.plan,
+            mesh=self.mesh,
+            freeze_student=self.config.student.frozen,
+        )
         return make_train_step(
-            self.student,
-            teacher.decoder if teacher else None,
-            self.objective,
+            loss,
             self.optimizer,
             self.mesh,
             num_domains=len(self.domains),
-            chunk_tokens=self.config.objective.chunk_tokens,
+            seed=self.config.run.seed,
             state_shardings=self.state_shardings,
+        )
+
+    @property
+    def frozen(self) -> Frozen:
+        """What the train step reads and does not change."""
+        return Frozen(self.teacher_params, self.frozen_objective)
+
+    @cached_property
+    def plan(self) -> ChunkPlan:
+        """How the train step computes heads and losses."""
+        specs = (self.student.spec, *self.teacher_specs)
+        return self._plan(max(spec.vocab_size for spec in specs))
+
+    def _plan(self, columns: int) -> ChunkPlan:
+        """How heads of so many columns, and the losses, are computed."""
+        budget = self.config.objective.logits_mib
+        return ChunkPlan(
+            tokens=chunk_tokens(budget, columns, self.mesh.shape[VOCAB_AXIS]),
+            vocab_size=self.manifest.tokenizer.vocab_size,
+            by_confidence=self.config.teacher.by_confidence,
+            head_gradient=not self.config.student.frozen,
         )
 
     def pipeline(self, weights: np.ndarray) -> MixturePipeline:
@@ -350,28 +470,33 @@ class Job:
 
     def measure(self, decoder: Decoder, params: Any) -> DomainNats:
         """Nats per token of a model on the validation rows of every domain."""
-        step = self._eval_steps.get(decoder)
+        return self._measure((decoder,), np.ones((len(self.domains), 1)), (params,))
+
+    def _measure(
+        self, decoders: tuple[Decoder, ...], weights: np.ndarray, params: tuple[Any, ...]
+    ) -> DomainNats:
+        step = self._eval_steps.get(decoders)
         if step is None:
-            step = self._eval_steps[decoder] = make_eval_step(
-                decoder,
+            step = self._eval_steps[decoders] = make_eval_step(
+                Teachers(decoders, weights),
                 self.mesh,
                 num_domains=len(self.domains),
-                chunk_tokens=self.config.objective.chunk_tokens,
+                plan=self._plan(max(decoder.spec.vocab_size for decoder in decoders)),
             )
         return measure(step, params, self._validation_batches(), len(self.domains))
 
     @cached_property
-    def _eval_steps(self) -> dict[Decoder, Any]:
+    def _eval_steps(self) -> dict[tuple[Decoder, ...], Any]:
         return {}
 
     def teacher_nats(self) -> DomainNats | None:
-        """The teacher's, measured once for all runs over the same data."""
-        teacher, config = self.teacher, self.config
-        if teacher is None:
+        """The teachers' (of their mixture), measured once for all runs over the same data."""
+        config = self.config
+        if not self.teachers:
             return None
         validation = [domain.validation.files for domain in self.manifest.domains]
         key = {
-            "teacher": teacher.digest,
+            "teacher": self.teachers_digest,
             "validation": hashlib.sha256(
                 repr([sorted(f.items()) for f in validation]).encode()
             ).hexdigest(),
@@ -380,7 +505,22 @@ class Job:
             "dtype": [str(self.dtype), str(self.teacher_dtype)],
         }
         directory = resolve_path(config.data.dir) / "teacher_nats"
-        return cached(directory, key, lambda: self.measure(teacher.decoder, teacher.params))
+        decoders = tuple(teacher.decoder for teacher in self.teachers)
+        return cached(
+            directory,
+            key,
+            lambda: self._measure(decoders, self.teacher_weights, self.teacher_params),
+        )
+
+    @property
+    def teachers_digest(self) -> str:
+        """Identifies the teachers' files and how they are mixed."""
+        teachers = self.teachers
+        if len(teachers) == 1:
+            return teachers[0].digest
+        mixed = [[t.digest for t in teachers], self.teacher_weights.tolist()]
+        mixed.append([self.config.teacher.by_confidence])
+        return hashlib.sha256(repr(mixed).encode()).hexdigest()
 
     def _validation_batches(self) -> Iterator[Batch]:
         config = self.config
@@ -409,6 +549,12 @@ class Job:
                     f"the {who}'s tokenizer ({path}) is not the data's "
                     f"({self.config.data.dir}/tokenizer): {'; '.join(differences)}"
                 )
+        elif spec.vocab_size > tokens:
+            raise UserError(
+                f"the {who} ({path}) has {spec.vocab_size} embeddings and no tokenizer.json, the "
+                f"data's tokenizer has {tokens} tokens: put the {who}'s tokenizer.json beside its "
+                "weights, so that the two can be compared"
+            )
         if spec.vocab_size < tokens:
             raise UserError(
                 f"the {who} ({path}) has {spec.vocab_size} embeddings, the data's tokenizer "

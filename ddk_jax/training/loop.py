@@ -178,9 +178,8 @@ class _Run:
         waiting = time.monotonic()
         host, _ = next(self.pipeline)
         self.waited += time.monotonic() - waiting
-        teacher = self.job.teacher
         batch = self.job.place(*host)
-        self.state, sums = self.train_step(self.state, teacher.params if teacher else None, batch)
+        self.state, sums = self.train_step(self.state, self.job.frozen, batch)
         self.step += 1
         self.tokens_per_domain = self.tokens_per_domain + _predicted(host, len(self.job.domains))
         self._report()
@@ -305,9 +304,8 @@ class _Run:
 
     def _inputs(self) -> dict[str, str]:
         """Digests of what the run learns from; a change would go unnoticed in the config."""
-        teacher = self.job.teacher
-        digests = {"data.dir": self.job.manifest.inputs_digest}
-        return digests if teacher is None else digests | {"teacher.path": teacher.digest}
+        data = {"data.dir": self.job.manifest.inputs_digest}
+        return data | ({"teacher.path": self.job.teachers_digest} if self.job.teachers else {})
 
     def _restore_host(self, host: dict[str, Any]) -> None:
         then, now = host["inputs"], self._inputs()

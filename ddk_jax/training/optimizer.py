@@ -31,7 +31,7 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(
-    config: OptimConfig, steps: int, student_axes: Any
+    config: OptimConfig, steps: int, student_axes: Any, *, freeze_student: bool = False
 ) -> optax.GradientTransformation:
     """The optimizer of `{"student": ..., "objective": ...}` parameters.
 
@@ -40,6 +40,7 @@ def make_optimizer(
       steps: length of the schedule.
       student_axes: logical axis names in the shape of the student's parameters; what has the axis
         `norm` is a vector (however many layers are stacked) and is not decayed.
+      freeze_student: update the parameters of the objective alone.
     """
 
     def decayed(params: Any) -> Any:
@@ -47,10 +48,12 @@ def make_optimizer(
         student = jax.tree.map(lambda names: "norm" not in names, student_axes, is_leaf=is_names)
         return {"student": student, "objective": jax.tree.map(lambda _: True, params["objective"])}
 
+    frozen = {"student": freeze_student, "objective": False}
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(
         clip,
         optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
         optax.scale_by_learning_rate(learning_rate(config, steps)),
+        optax.masked(optax.set_to_zero(), frozen) if freeze_student else optax.identity(),
     )

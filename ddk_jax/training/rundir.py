@@ -29,7 +29,7 @@ FIXED = (
     "run.seed",
     "run.compute_dtype",
     "data.seq_len",
-    "teacher.path",
+    "teacher",
     "student",
     "objective.terms",
     "mixture",

@@ -1,0 +1,1 @@
+"""Benchmarks: examples from files, what a model makes of them, and the scores that follow."""
