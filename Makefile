@@ -43,7 +43,7 @@ lint: $(TEST_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
-# The fast tests with Python 3.12 and the newest jax. Without torch: its parity tests run above.
+# The fast tests with Python 3.12 and the newest jax. Without torch and libtpu: their tests run above.
 # A `python3.12` may be there without working (a shim), so each candidate has to run.
 test-newest:
 	@for candidate in python3.12 $(HOME)/.pyenv/versions/3.12*/bin/python; do \
@@ -55,7 +55,7 @@ test-newest:
 
 .PHONY: run-newest
 run-newest: $(NEWEST_STAMP)
-	$(NEWEST)/bin/python -m pytest -m "not slow and not torch"
+	$(NEWEST)/bin/python -m pytest -m "not slow and not torch and not tpu_compiler"
 
 $(BIN)/python $(NEWEST)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -181,6 +181,9 @@ class ObjectiveConfig:
 
     terms: tuple[TermConfig, ...] = field(default_factory=_paper_terms)
     """The terms; their names differ."""
+    round_logits: bool = False
+    """Round the logits of bfloat16 models to bfloat16 in training (never in evaluation): the loss
+    takes half the memory and less time; nats of a token are off by about 0.04, without bias."""
     logits_mib: float = 1200.0
     """Float32 logits of one model that exist at one time on a device, in MiB: decides how many
     tokens the heads and the losses take at once (at most 2,048: more gains nothing)."""

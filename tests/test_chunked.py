@@ -39,8 +39,9 @@ from ddk_jax.losses.sums import domain_sums, masked_sum
 from ddk_jax.losses.targets import Head, TeacherTargets, fit
 from ddk_jax.parallel.mesh import DATA_AXES, VOCAB_AXIS, make_mesh, param_shardings
 
-QUICK: Any = {"xla_backend_optimization_level": 0}
-"""Compiler options for programs that take longer to compile than to run."""
+QUICK: Any = {"xla_backend_optimization_level": 0, "xla_allow_excess_precision": False}
+"""Compiler options for programs that take longer to compile than to run. Without the second, XLA
+leaves out some of the roundings to bfloat16 that the program asks for."""
 B, T, E, E_T, V = 3, 5, 7, 6, 11
 CHUNKS = (1, 4, 5, 64)
 """One token, not dividing the 15 tokens, dividing them, and more than there are."""
@@ -122,14 +123,17 @@ def scales(p: Problem, kinds: tuple[Kind, ...]) -> np.ndarray:
     return wanted * (np.array([kind.weight for kind in kinds]) / counts)[:, None, None]
 
 
-def dense(p: Problem, kinds: tuple[Kind, ...]) -> Answer:
-    """Value and gradients, token by token, in float64: q - onehot and (q - p) / temperature."""
+def dense(p: Problem, kinds: tuple[Kind, ...], kept: Any = np.float64) -> Answer:
+    """Value and gradients, token by token, in float64: q - onehot and (q - p) / temperature.
+
+    `kept` is the type that logits are rounded to.
+    """
     scale = scales(p, kinds)
     nats = np.zeros(scale.shape)
     d_hidden, d_head = np.zeros(p.hidden.shape), np.zeros(p.head.shape)
     for b, t in zip(*np.nonzero(scale.max(axis=0)), strict=True):
-        student = p.hidden[b, t] @ p.head
-        teacher = p.teacher_hidden[b, t] @ p.teacher_head
+        student = (p.hidden[b, t] @ p.head).astype(kept).astype(np.float64)
+        teacher = (p.teacher_hidden[b, t] @ p.teacher_head).astype(kept).astype(np.float64)
         d_logits = np.zeros_like(student)
         for k, kind in enumerate(kinds):
             if not scale[k, b, t]:
@@ -237,6 +241,28 @@ def test_chunked_equals_dense(chunk: int, dtype: Any) -> None:
         exact = {n: getattr(p, n).astype(dtype).astype(np.float64) for n in Problem._fields[:4]}
         tolerance = 1e-5 if dtype == jnp.float32 else 2e-2
         check(answer(p, chunk, dtype), dense(p._replace(**exact), KINDS), tolerance)
+
+
+def test_rounded_logits_are_rounded_once_and_only_for_gradients() -> None:
+    p = problem()
+    hidden, head, inputs = placed(p, KINDS, jnp.bfloat16)
+    exact = {n: getattr(p, n).astype(jnp.bfloat16).astype(np.float64) for n in Problem._fields[:4]}
+    plan = ChunkPlan(tokens=4, round_logits=True)
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def both(hidden: jax.Array, head: jax.Array) -> Any:
+        def value(hidden: jax.Array, head: jax.Array) -> Any:
+            return chunked_objective(hidden, Head(head), inputs, OBJECTIVE, plan)
+
+        return value(hidden, head), jax.value_and_grad(value, (0, 1), has_aux=True)(hidden, head)
+
+    alone, ((value, nats), gradients) = both(hidden, head)
+    expected = dense(p._replace(**exact), KINDS)
+    np.testing.assert_allclose(alone[0], expected.value, rtol=1e-5)
+    np.testing.assert_allclose(alone[1], expected.nats, rtol=1e-5, atol=2e-6)
+    found = Answer(float(value), *(np.asarray(x, np.float32) for x in (nats, *gradients)))
+    check(found, dense(p._replace(**exact), KINDS, jnp.bfloat16), 2e-2)
+    assert abs(found.value - expected.value) > 1e-4
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -460,6 +486,10 @@ def test_a_mixture_of_teachers() -> None:
     nats = -np.log(p[:, range(4), labels])
     found = nats_of(*given, by_confidence=True)[1]
     np.testing.assert_allclose(found, kl(weights / (1 + nats)), rtol=1e-5)
+    # Tokens that fill up the last chunk have no weight at all.
+    filled = partial(chunked_objective, terms=DDK, plan=ChunkPlan(tokens=3))
+    gradient = jax.grad(lambda h: filled(selectors(4), h, given[1])[0])(given[0])
+    assert np.all(np.isfinite(gradient.kernel))
     # One teacher, or several copies of it, are the same; and so are weights of another scale.
     alone = nats_of(*logits_problem(student, teachers[:1], labels))[1]
     copies = nats_of(*logits_problem(student, teachers[:1] * 3, labels, weights))[1]
@@ -609,6 +639,7 @@ def test_weights_and_temperatures_follow_the_step() -> None:
         ("generalised_jsd", {"settings": {"beta": "a"}}, "beta = 'a' is not float"),
         ("generalised_jsd", {"settings": {"beta": 1.0}}, "beta"),
         ("bild", {"settings": {"k": 2.5}}, "k = 2.5 is not int"),
+        ("spherical_kl", {"settings": {"scale": "student"}}, "scale = 'student' is not one of"),
         ("bild", {"settings": {"k": 2}}, "k"),
         ("bild", {"settings": {"lead": "pupil"}}, "lead = 'pupil' is not one of"),
     ],
@@ -618,6 +649,14 @@ def test_wrong_settings_of_a_loss_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         check_terms((make_term(loss, **settings),))
+
+
+def test_as_many_candidates_as_there_are_tokens() -> None:
+    objective = (make_term("top_k_kl", settings={"k": 1000}),)
+    check_terms(objective)
+    check_terms((make_term("spherical_kl", settings={"scale": 2.0}),))
+    with pytest.raises(ValueError, match="1000"):
+        check_terms(objective, vocab_size=257)
 
 
 def test_term_weights_select_roles() -> None:

@@ -38,7 +38,7 @@ LAYERS: list[list[list[str]]] = [
             "training.preemption",
             "training.rundir",
         ],
-        ["data.sources", "data.tokenize", "data.shards", "data.rows"],
+        ["data.sources", "data.tokenize", "data.shards", "data.rows", "data.retokenise"],
         [
             "models.decoder",
             "models.attention",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -20,6 +21,7 @@ from tiny import Finished
 
 from ddk_jax.config import Config, load_config
 from ddk_jax.errors import DataError, DivergedError, RunHeldError, UserError
+from ddk_jax.models import hf
 from ddk_jax.training.build import Job
 from ddk_jax.training.checkpoint import read_latest
 from ddk_jax.training.evaluate import DomainNats
@@ -455,6 +457,7 @@ def test_a_mixture_of_copies_of_the_teacher_is_the_teacher(
         np.testing.assert_allclose(values, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_teachers_are_measured_as_their_mixture(tiny_root: Path, tmp_path: Path) -> None:
     other = tiny.write_teacher(tmp_path / "other", tiny_root / "tokenizer", seed=5)
     paths = {"teacher.path": str(tiny_root / "teacher"), "teacher.others": [{"path": str(other)}]}
@@ -480,6 +483,7 @@ def test_two_teachers_are_measured_as_their_mixture(tiny_root: Path, tmp_path: P
     assert np.all(both.nats <= (first + second) / 2 + 1e-6)
 
 
+@pytest.mark.slow
 def test_terms_on_inner_states_learn_their_maps(tiny_root: Path, tmp_path: Path) -> None:
     objective = [
         {"loss": "cross_entropy"},
@@ -501,6 +505,39 @@ def test_terms_on_inner_states_learn_their_maps(tiny_root: Path, tmp_path: Path)
         assert change.max() > 1e-4
 
 
+@pytest.mark.slow
+def test_a_teacher_with_other_tokens(tiny_root: Path, tmp_path: Path) -> None:
+    """Its tokens are the data's but for two, exchanged: sorted probabilities are the same."""
+    teacher = tiny_root / "teacher"
+    params = hf.load(teacher)
+    table = np.array(params["embed"]["table"])
+    table[[0, 1]] = table[[1, 0]]
+    params["embed"]["table"] = jnp.asarray(table)
+    other = tmp_path / "other"
+    swapped = tiny.write_tokenizer(tmp_path / "swapped", swapped=True)
+    hf.export(params, tiny.TEACHER, other, tokenizer_dir=swapped, card="Two tokens exchanged.\n")
+    objective = [{"loss": "cross_entropy"}, {"loss": "uld", "weight": 1.5}]
+    runs = {
+        name: tiny.config(
+            tiny_root, tmp_path / name, **{"teacher.path": str(path), "objective.terms": objective}
+        )
+        for name, path in (("same", teacher), ("crossed", other))
+    }
+    with pytest.raises(UserError, match="`uld` alone compares across vocabularies"):
+        train(tiny.config(tiny_root, tmp_path / "kl", **{"teacher.path": str(other)}))
+    assert Job(runs["same"]).retokeniser is None
+    assert Job(runs["crossed"]).retokeniser is not None
+    same, crossed = (Job(config).teacher_nats() for config in runs.values())
+    assert same is not None and crossed is not None
+    np.testing.assert_array_equal(crossed.tokens, same.tokens)
+    # A row's first token may stand between two of its bytes; apart from that, the same nats.
+    np.testing.assert_allclose(crossed.nats, same.nats, rtol=2e-2)
+    expected, found = (terms(config, tmp_path / name) for name, config in runs.items())
+    np.testing.assert_allclose(found["uld"], expected["uld"], rtol=2e-2)
+    np.testing.assert_allclose(found["cross_entropy"], expected["cross_entropy"], rtol=1e-3)
+
+
+@pytest.mark.slow
 def test_the_two_stages_of_ted(tiny_root: Path, tmp_path: Path) -> None:
     teacher = str(tiny_root / "teacher")
     layers = {"loss": "layer_cross_entropy", "pairs": 2}

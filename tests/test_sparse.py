@@ -31,12 +31,10 @@ def single(x: np.ndarray) -> jax.Array:
 # The most probable entries
 
 
-@partial(jax.jit, static_argnums=(2,), compiler_options=QUICK)
-def from_top_8(
-    student: jax.Array, teacher: jax.Array, shards: int, temperature: jax.Array
+def by_convention(
+    student: jax.Array, targets: SparseTargets, temperature: jax.Array, shards: int
 ) -> list[tuple[jax.Array, jax.Array]]:
-    """Nats, and the gradient of their sum, under every convention."""
-    targets = top_k_targets(teacher, 8, temperature=temperature, shards=shards)
+    """Nats, and the gradient of their sum."""
     found = []
     for renormalise, tail in CONVENTIONS:
 
@@ -50,13 +48,18 @@ def from_top_8(
     return found
 
 
-@pytest.mark.parametrize(("shards", "temperature"), [(1, 1.0), (1, 2.5), (4, 2.5)])
+@pytest.mark.parametrize(("shards", "temperature"), [(1, 1.0), (4, 2.5)])
 def test_targets_of_the_top_k_give_the_loss_of_a_live_teacher(
     shards: int, temperature: float
 ) -> None:
     x = table.logits(1, temperature=temperature)
     live = table.answers(x)
-    found = from_top_8(single(x.student), single(x.teacher), shards, jnp.float32(temperature))
+
+    def of_top_8(student: jax.Array, teacher: jax.Array) -> Any:
+        targets = top_k_targets(teacher, 8, temperature=temperature, shards=shards)
+        return by_convention(student, targets, jnp.float32(temperature), shards)
+
+    found = compiled(of_top_8, single(x.student), single(x.teacher))
     names = ("top_k_kl", "top_k_kl head", "top_k_kl teacher", "top_k_kl both")
     for name, (nats, gradient) in zip(names, found, strict=True):
         np.testing.assert_allclose(nats, live[name][0], rtol=1e-5, atol=1e-6, err_msg=name)
@@ -74,23 +77,26 @@ def test_the_tail_is_the_tempered_mass_of_its_entries() -> None:
     assert np.abs(np.exp(targets.log_tail) - tempered).min() > 0.02
 
 
-@pytest.mark.parametrize(("renormalise", "tail"), CONVENTIONS)
-def test_slots_that_are_not_used_have_no_influence(renormalise: Any, tail: bool) -> None:
+def test_slots_that_are_not_used_have_no_influence() -> None:
     x = table.logits(3)
+    favourite = np.argmax(x.student, axis=1).astype(np.int32)[:, None]
 
-    def kl(targets: SparseTargets) -> np.ndarray:
-        found = compiled(sparse_kl, single(x.student), targets, renormalise=renormalise, tail=tail)
-        return np.asarray(found)
+    def padded_and_not(student: jax.Array, teacher: jax.Array) -> list[Any]:
+        targets = top_k_targets(teacher, 4)
+        unused = jnp.tile(jnp.array([[-jnp.inf, -1e30]], jnp.float32), (6, 1))
+        padded = SparseTargets(
+            jnp.concatenate([targets.ids, favourite, targets.ids[:, :1]], axis=1),
+            jnp.concatenate([targets.log_probs, unused], axis=1),
+            targets.log_tail,
+        )
+        return [
+            sparse_kl(student, t, renormalise=renormalise, tail=tail)
+            for renormalise, tail in CONVENTIONS
+            for t in (padded, targets)
+        ]
 
-    targets = compiled(top_k_targets, single(x.teacher), k=4)
-    unused = jnp.array([[-np.inf, -1e30]] * 6, jnp.float32)
-    favourite = jnp.asarray(np.argmax(x.student, axis=1), jnp.int32)[:, None]
-    padded = SparseTargets(
-        jnp.concatenate([targets.ids, favourite, targets.ids[:, :1]], axis=1),
-        jnp.concatenate([targets.log_probs, unused], axis=1),
-        targets.log_tail,
-    )
-    np.testing.assert_allclose(kl(padded), kl(targets), rtol=1e-6)
+    found = compiled(padded_and_not, single(x.student), single(x.teacher))
+    np.testing.assert_allclose(found[::2], found[1::2], rtol=1e-5)
 
 
 # Entries drawn at random
@@ -124,7 +130,7 @@ def many(samples: int, proposal: float) -> tuple[Logits, np.ndarray, np.ndarray,
     return x, np.asarray(nats, np.float64), np.asarray(gradient, np.float64), targets
 
 
-@pytest.mark.parametrize(("samples", "proposal"), [(8, 1.0), (8, 0.6), (8, 1.5)])
+@pytest.mark.parametrize(("samples", "proposal"), [(8, 1.0), (8, 0.6)])
 def test_estimates_are_unbiased(samples: int, proposal: float) -> None:
     x, nats, gradient, _ = many(samples, proposal)
     log_p, log_q = (z[0] for z in table.softmaxes(x))
@@ -158,34 +164,34 @@ def test_the_weights_are_the_ratio_of_teacher_and_proposal() -> None:
 
 
 def test_what_is_drawn_does_not_depend_on_the_other_tokens_or_on_the_sharding() -> None:
-    x = table.logits(5)
-    draws = x.draw
+    x, order = table.logits(5), np.array([3, 0, 5, 1, 4, 2])
 
-    def ids(rows: slice, draw: np.ndarray, shards: int = 1) -> np.ndarray:
-        arrays = single(x.teacher)[rows], draw[rows]
-        return np.asarray(compiled(draw_targets, *arrays, samples=64, shards=shards).ids)
+    def ids(teacher: jax.Array, draw: jax.Array, shards: int) -> jax.Array:
+        return draw_targets(teacher, draw, samples=64, shards=shards).ids
 
-    whole = ids(slice(None), draws)
-    np.testing.assert_array_equal(ids(slice(2, 4), draws), whole[2:4])
-    np.testing.assert_array_equal(ids(slice(None), draws, 4), whole)
-    assert (ids(slice(None), draws + np.uint32(1)) != whole).mean() > 0.5
+    whole = np.asarray(compiled(ids, single(x.teacher), x.draw, shards=1))
+    moved = compiled(ids, single(x.teacher[order]), x.draw[order], shards=4)
+    np.testing.assert_array_equal(moved, whole[order])
+    # Equal logits, but another draw.
+    others = np.asarray(compiled(ids, single(x.teacher[[0] * 6]), x.draw, shards=1))
+    assert (others[1:] != others[0]).mean() > 0.5
 
 
 def test_every_entry_of_a_large_vocabulary_is_within_reach() -> None:
-    # One entry holds all but 2 * 10^-5, which 2^16 others share: 3 * 10^-10 each. A float32
+    # One entry holds all but 10^-5, which 2^15 others share: 3 * 10^-10 each. A float32
     # cumulative sum stands still at such steps.
-    V = 2**16
+    V = 2**15
     teacher = np.full((1, V), -22.0, np.float32)
     teacher[0, 0] = 0.0
-    logits = jnp.tile(jnp.asarray(teacher), (64, 1))
-    draw = jnp.arange(64, dtype=jnp.uint32)
+    logits = jnp.tile(jnp.asarray(teacher), (16, 1))
+    draw = jnp.arange(16, dtype=jnp.uint32)
     targets = compiled(draw_targets, logits, draw, samples=2048, proposal=0.5)
     rare = np.asarray(targets.ids)[np.asarray(targets.ids) > 0]
     # At the exponent 1/2 the others hold half of the draws, evenly.
     share = V * np.exp(-11.0) / (1 + V * np.exp(-11.0))
     np.testing.assert_allclose(rare.size / targets.ids.size, share, rtol=0.02)
-    counts = np.histogram(rare, bins=16, range=(1, V))[0]
-    np.testing.assert_allclose(counts, rare.size / 16, rtol=0.1)
+    counts = np.histogram(rare, bins=8, range=(1, V))[0]
+    np.testing.assert_allclose(counts, rare.size / 8, rtol=0.1)
     np.testing.assert_allclose(np.mean(np.sum(targets.weights, axis=1)), 1, rtol=0.02)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypedDict
 
 import grain
@@ -59,6 +59,7 @@ class MixturePipeline(Iterator[tuple[HostBatch, PipelineState]]):
         rows_per_step: int,
         seed: int,
         prefetch: int,
+        finish: Callable[[HostBatch], HostBatch] | None = None,
     ) -> None:
         """Start at row 0.
 
@@ -68,6 +69,7 @@ class MixturePipeline(Iterator[tuple[HostBatch, PipelineState]]):
             rows_per_step: rows of a batch.
             seed: of the permutations, any non-negative number.
             prefetch: batches built ahead, in threads. 0: each is built when asked for.
+            finish: done to every batch where it is built; pure.
 
         Raises:
             ValueError: a number is out of range, or domains and weights do not fit.
@@ -81,7 +83,8 @@ class MixturePipeline(Iterator[tuple[HostBatch, PipelineState]]):
         if len(lengths) != 1:
             raise ValueError(f"expected domains with one row length, got {sorted(lengths)}")
         self._rows_per_step = rows_per_step
-        self._builder = _BatchBuilder(domains, RowSchedule(weights), rows_per_step, seed)
+        schedule = RowSchedule(weights)
+        self._builder = _BatchBuilder(domains, schedule, rows_per_step, seed, finish)
         if self._builder.schedule.num_domains != len(domains):
             raise ValueError(f"{len(weights)} weights given for {len(domains)} domains")
         options = grain.ReadOptions(
@@ -160,8 +163,14 @@ class _BatchBuilder:
     """Random access to the batches of a schedule, from any thread."""
 
     def __init__(
-        self, domains: Sequence[DomainRows], schedule: RowSchedule, rows_per_step: int, seed: int
+        self,
+        domains: Sequence[DomainRows],
+        schedule: RowSchedule,
+        rows_per_step: int,
+        seed: int,
+        finish: Callable[[HostBatch], HostBatch] | None,
     ) -> None:
+        self._finish = finish
         self.schedule = schedule
         self.sizes = np.asarray([len(rows) for rows in domains], np.int64)
         self._domains = domains
@@ -187,7 +196,7 @@ class _BatchBuilder:
             order = self._orders[number]
             indices = np.asarray([order[k] for k in number_in_domain[places].tolist()], np.int64)
             self._domains[number].fill(batch, places, indices)
-        return batch
+        return batch if self._finish is None else self._finish(batch)
 
     def extend(self, start_row: int, weights: Weights) -> None:
         """Append to the weight log. A batch in the making past `start_row` may be of either."""

@@ -24,6 +24,21 @@ PADDING, PROMPT, RESPONSE = 0, 1, 2
 """Roles of a token; plain text is PROMPT throughout."""
 
 
+class TeacherRows(NamedTuple):
+    """The text of the rows in the tokens of a teacher with another vocabulary.
+
+    Attributes:
+        tokens: ids; 0 where padded.
+        segment_ids: as in the rows themselves.
+        position: of every predicting token, where in the teacher's row it has read the same text;
+            -1 if nowhere.
+    """
+
+    tokens: Int32[np.ndarray, "rows theirs+1"]
+    segment_ids: Int32[np.ndarray, "rows theirs+1"]
+    position: Int32[np.ndarray, "rows length"]
+
+
 class HostBatch(NamedTuple):
     """Rows as the train step gets them, plain numpy.
 
@@ -32,16 +47,18 @@ class HostBatch(NamedTuple):
         segment_ids: 1, 2, ... per document piece of a row; 0 where padded.
         role: PADDING, PROMPT or RESPONSE.
         domain: number of the domain of each row.
+        teacher: for a teacher with another vocabulary.
     """
 
     tokens: Int32[np.ndarray, "rows length+1"]
     segment_ids: Int32[np.ndarray, "rows length+1"]
     role: Int32[np.ndarray, "rows length+1"]
     domain: Int32[np.ndarray, " rows"]
+    teacher: TeacherRows | None = None
 
 
 class Row(NamedTuple):
-    """One row; the fields are those of `HostBatch`."""
+    """One row; the fields are those of `HostBatch`, before anything is added."""
 
     tokens: Int32[np.ndarray, "length+1"]
     segment_ids: Int32[np.ndarray, "length+1"]
@@ -54,6 +71,13 @@ def empty_batch(rows: int, length: int, domain: int = 0) -> HostBatch:
     shape = (rows, length + 1)
     arrays = (np.zeros(shape, np.int32) for _ in range(3))
     return HostBatch(*arrays, domain=np.full(rows, domain, np.int32))
+
+
+def predicted_tokens(batch: HostBatch, num_domains: int) -> Int64[np.ndarray, " domains"]:
+    """Predicted tokens of a batch by domain."""
+    same = batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1]
+    per_row = (same & (batch.role[:, 1:] > 0)).sum(axis=1)
+    return np.bincount(batch.domain, weights=per_row, minlength=num_domains).astype(np.int64)
 
 
 class DomainRows:

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import tokenizers
+from jaxtyping import Int32
+from tokenizers.decoders import DecodeStream
 
 from ddk_jax.data.sources import Document
 from ddk_jax.errors import DataError
@@ -80,6 +82,36 @@ class Tokenizer:
                 f"{self.file}: gives id {largest}, its vocabulary ends at {self.vocab_size}"
             )
         return ids
+
+    def encode_with_ends(
+        self, texts: Sequence[str]
+    ) -> list[tuple[np.ndarray, Int32[np.ndarray, " tokens"]]]:
+        """Token ids of each text as `encode` gives them, and the characters read after each token.
+
+        Tokens that are parts of one character all end behind it.
+        """
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [
+            (
+                np.asarray(encoding.ids, dtype=np.uint32),
+                np.asarray([end for _, end in encoding.offsets], dtype=np.int32),
+            )
+            for encoding in encodings
+        ]
+
+    def ends(self, ids: Sequence[int] | np.ndarray) -> tuple[str, Int32[np.ndarray, " tokens"]]:
+        """The text of token ids without special tokens, and its characters after each token.
+
+        -1 where a token ends within a character, and after a special token.
+        """
+        stream, text = DecodeStream(skip_special_tokens=True), []
+        ends, length = np.full(len(ids), -1, np.int32), 0
+        for i, token in enumerate(ids):
+            if (more := stream.step(self._tokenizer, int(token))) is not None:
+                text.append(more)
+                length += len(more)
+                ends[i] = length
+        return "".join(text), ends
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens included."""

@@ -9,7 +9,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from ddk_jax.losses.divergences import RULED_OUT, ChunkView, Scalar, exists, inverse_of, kl
 from ddk_jax.losses.top_k import gather, top_k
@@ -18,7 +18,7 @@ from ddk_jax.losses.top_k import gather, top_k
 def bild(
     view: ChunkView,
     *,
-    temperature: Scalar = 3.0,
+    temperature: Scalar = 1.0,
     k: int = 8,
     lead: Literal["both", "teacher", "student"] = "both",
 ) -> Float[Array, "N"]:
@@ -38,7 +38,7 @@ def bild(
 
     Args:
       view: one chunk.
-      temperature: of both models' differences.
+      temperature: of both models' differences; the paper's is 3.
       k: leading entries; at least 3, since the softmax of one pair is 1 whatever the logits are.
       lead: whose k largest logits count: "both" is t-LD + s-LD.
     """
@@ -46,30 +46,29 @@ def bild(
         raise ValueError(f"bild: k must be at least 3, got {k}: fewer make no two pairs to compare")
     assert view.teacher_logits is not None
     leaders = {"teacher": view.teacher_logits, "student": view.student_logits}
-
-    def led_by(name: str) -> Float[Array, "N"]:
-        _, ids = top_k(leaders[name], k, view.vocab_shards)
-        return _difference_kl(view, ids, temperature)
-
-    return led_by("teacher") + led_by("student") if lead == "both" else led_by(lead)
+    chosen = leaders.values() if lead == "both" else [leaders[lead]]
+    ids = jnp.concatenate([top_k(leader, k, view.vocab_shards)[1] for leader in chosen], axis=1)
+    # Of both choices at once: each gather has a scatter as its gradient.
+    teacher, student = (gather(logits, ids, view.vocab_shards) for logits in leaders.values())
+    parts = [slice(at, at + k) for at in range(0, ids.shape[1], k)]
+    inverse = inverse_of(temperature)
+    each = [_difference_kl(teacher[:, part], student[:, part], inverse) for part in parts]
+    return jnp.sum(jnp.stack(each), axis=0)
 
 
 def _difference_kl(
-    view: ChunkView, ids: Int[Array, "N k"], temperature: Scalar
+    teacher: Float[Array, "N k"], student: Float[Array, "N k"], inverse: Float[Array, ""]
 ) -> Float[Array, "N"]:
     """KL of the difference distributions over the pairs of some entries, in their given order."""
-    assert view.teacher_logits is not None
-    both = (view.teacher_logits, view.student_logits)
-    teacher, student = (gather(logits, ids, view.vocab_shards) for logits in both)
     there = exists(teacher) & exists(student)
-    k = ids.shape[1]
+    k = teacher.shape[1]
     rank = jnp.arange(k, dtype=jnp.int32)
     pairs = there[:, :, None] & there[:, None, :] & (rank[:, None] < rank[None, :])[None]
 
     def log_shares(values: Float[Array, "N k"]) -> Float[Array, "N pairs"]:
         # Before the difference: -inf less -inf is NaN.
         values = jnp.where(there, values.astype(jnp.float32), jnp.float32(0))
-        differences = (values[:, :, None] - values[:, None, :]) * inverse_of(temperature)
+        differences = (values[:, :, None] - values[:, None, :]) * inverse
         kept = jnp.where(pairs, differences, jnp.float32(RULED_OUT))
         return jax.nn.log_softmax(kept.reshape(-1, k * k), axis=1)
 

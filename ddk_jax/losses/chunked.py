@@ -52,6 +52,9 @@ class ChunkPlan:
     """Devices that share the columns of the heads."""
     by_confidence: bool = False
     """Whether several teachers weigh by their confidence as well (`targets.mixture`)."""
+    round_logits: bool = False
+    """In training, keep the logits of bfloat16 models in bfloat16: they are needed again after the
+    softmax, and are most of a chunk's memory. A value alone is never rounded."""
     head_gradient: bool = True
     """False where the student's head is frozen: its gradient is 0, and is not computed."""
 
@@ -112,7 +115,7 @@ def chunked_objective(
     chunks = _cut(student_hidden, inputs, plan.tokens)
 
     def body(total: Array, part: _Chunk) -> tuple[Array, Array]:
-        raw, view = _view(part, student_head, inputs.teacher, plan)
+        raw, view = _view(part, student_head, inputs.teacher, plan, kept=jnp.float32)
         value, nats = _chunk_value(raw, student_head, view, part, inputs, terms, plan)
         return total + value, nats
 
@@ -125,10 +128,11 @@ def _forward(
 ) -> tuple[Result, tuple[Array, Head]]:
     chunks = _cut(student_hidden, inputs, plan.tokens)
     kernel = student_head.kernel
+    kept = None if plan.round_logits else jnp.float32
 
     def body(carry: tuple[Array, Any], part: _Chunk) -> tuple[tuple[Array, Any], Any]:
         total, d_head = carry
-        raw, view = _view(part, student_head, inputs.teacher, plan)
+        raw, view = _view(part, student_head, inputs.teacher, plan, kept=kept)
         (value, nats), d_raw = jax.value_and_grad(_chunk_value, has_aux=True)(
             raw, student_head, view, part, inputs, terms, plan
         )
@@ -296,12 +300,21 @@ def _active(part: _Chunk, values: Float[Array, "N any"]) -> Float[Array, "N any"
 
 
 def _view(
-    part: _Chunk, student_head: Head, teacher: TeacherTargets | None, plan: ChunkPlan
+    part: _Chunk,
+    student_head: Head,
+    teacher: TeacherTargets | None,
+    plan: ChunkPlan,
+    *,
+    kept: Any,
 ) -> tuple[Array, ChunkView]:
-    """The student's product with its head, and all else that a term may see; float32."""
+    """The student's product with its head, and all else that a term may see.
+
+    The sums of a product are float32; `kept` is the type that it is kept in, None that of its
+    factors.
+    """
 
     def product(hidden: Array, head: Head) -> Array:
-        return jnp.matmul(_active(part, hidden), head.kernel, preferred_element_type=jnp.float32)
+        return jnp.matmul(_active(part, hidden), head.kernel, preferred_element_type=kept)
 
     teacher_logits = None
     if teacher is not None:

@@ -33,6 +33,8 @@ class Loss:
     function: Callable[..., Float[Array, "N"]]
     """Nats per token of a `ChunkView`."""
     needs_teacher: bool = True
+    same_vocabulary: bool = True
+    """False: it compares models whose tokens differ as well."""
 
     @property
     def settings(self) -> tuple[str, ...]:
@@ -59,7 +61,7 @@ LOSSES: dict[str, Loss] = {
     "spherical_kl": Loss(function=divergences.spherical_kl),
     "bild": Loss(function=bild),
     "adaptive_kl": Loss(function=ranked.adaptive_kl),
-    "uld": Loss(function=ranked.uld),
+    "uld": Loss(function=ranked.uld, same_vocabulary=False),
     "top_k_overlap": Loss(function=ranked.top_k_overlap),
     "top_k_kl": Loss(function=truncated.top_k_kl),
     "top_p_kl": Loss(function=truncated.top_p_kl),
@@ -82,6 +84,7 @@ class WeightedTerm:
     loss: Callable[..., Float[Array, "N"]] | StateTerm
     """Of a `ChunkView`, and of a `temperature` if there is a schedule of it; or of inner states."""
     needs_teacher: bool
+    same_vocabulary: bool
     weight: Schedule
     """Factor of the mean nats per token of this term."""
     temperature: Schedule | None
@@ -152,6 +155,7 @@ def make_term(
         name=name or loss,
         loss=bound,
         needs_teacher=with_teacher,
+        same_vocabulary=loss not in LOSSES or LOSSES[loss].same_vocabulary,
         weight=weight if callable(weight) else constant(weight),
         temperature=temperature if takes_temperature else None,
         temperature_squared=temperature_squared,
@@ -174,7 +178,7 @@ def _check_settings(
 
 
 def _is_of(kind: Any, value: Any) -> bool:
-    if isinstance(kind, types.UnionType):
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
         return any(_is_of(choice, value) for choice in typing.get_args(kind))
     if typing.get_origin(kind) is Literal:
         return value in typing.get_args(kind)
@@ -186,14 +190,18 @@ def _is_of(kind: Any, value: Any) -> bool:
     return isinstance(value, int | float if kind is float else kind)
 
 
-def check_terms(objective: Objective) -> None:
+def check_terms(objective: Objective, vocab_size: int = 2**20) -> None:
     """Trace every term once, so that a setting out of its range is refused here and not in a step.
+
+    Args:
+      objective: the terms.
+      vocab_size: what numbers of candidates must not exceed; default: more than any has.
 
     Raises:
       ValueError: from the loss; it says which setting, and what it may be.
     """
-    tokens, vocabulary = 2, 512
-    logits = jax.ShapeDtypeStruct((tokens, vocabulary), jnp.float32)
+    tokens = 2
+    logits = jax.ShapeDtypeStruct((tokens, vocab_size), jnp.float32)
     numbers = jax.ShapeDtypeStruct((tokens,), jnp.int32)
     draw = jax.ShapeDtypeStruct((tokens,), jnp.uint32)
 
@@ -208,6 +216,11 @@ def check_terms(objective: Objective) -> None:
 def settings_of(loss: str) -> tuple[str, ...]:
     """Names of the settings of a loss."""
     return StateTerm.settings(loss) if loss in STATE_LOSSES else LOSSES[loss].settings
+
+
+def crosses_vocabularies(objective: Objective) -> bool:
+    """Whether no term needs a teacher with the student's vocabulary."""
+    return not any(term.needs_teacher and term.same_vocabulary for term in objective)
 
 
 def needs_teacher(objective: Objective) -> bool:

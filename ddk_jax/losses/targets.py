@@ -78,7 +78,9 @@ def mixture(
         is_label = jnp.arange(logits[0].shape[1], dtype=jnp.int32)[None, :] == labels[:, None]
         nats = [-jnp.sum(jnp.where(is_label, lp, jnp.float32(0)), axis=1) for lp in log_p]
         weights = weights / (1 + jnp.stack(nats))
-    shares = weights / jnp.maximum(jnp.sum(weights, axis=0), jnp.finfo(jnp.float32).tiny)[None, :]
+    # Masked tokens may come without any weight; what they get must be finite, no more.
+    weights = jnp.where(jnp.sum(weights, axis=0)[None, :] > 0, weights, jnp.float32(1))
+    shares = weights / jnp.sum(weights, axis=0)[None, :]
     # A weight of 0 is log 0 = -inf, as it should be.
     log_shares = jnp.log(shares)
     mixed = log_p[0] + log_shares[0][:, None]

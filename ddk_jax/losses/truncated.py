@@ -51,7 +51,7 @@ def top_k_kl(
     """KL over the teacher's k most probable entries (ties: lowest id first), in nats.
 
     By default with an exact bucket for all others: tends to `forward_kl` as k -> V. Without it a
-    top-k KL is biased ("Sparse Logit Sampling", arXiv 2503.16870, section 3).
+    top-k KL is biased ("Sparse Logit Sampling", arXiv 2503.16870).
 
     Args:
       view: one chunk.

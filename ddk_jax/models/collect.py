@@ -60,10 +60,10 @@ class Collected(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Where in the buffers layers write: of one layer, or arrays over several."""
+    """Where in the buffers one layer writes, or each of several."""
 
-    hidden: int | Int[Array | np.ndarray, "*axes"]
-    qkv: int | Int[Array | np.ndarray, "*axes"]
+    hidden: Int[Array, "*axes"]
+    qkv: Int[Array, "*axes"]
 
 
 def layer_slots(spec: ModelSpec, collect: Collect) -> Slots:
@@ -77,11 +77,8 @@ def layer_slots(spec: ModelSpec, collect: Collect) -> Slots:
         chosen = getattr(collect, name)
         if chosen and chosen[-1] > last:
             raise ValueError(f"{name} = {chosen}: of {L} layers there are 0 to {last}")
-    layers = np.arange(L)
-    return Slots(
-        np.searchsorted(collect.hidden, layers).astype(np.int32),
-        np.searchsorted(collect.qkv, layers).astype(np.int32),
-    )
+    before = (np.searchsorted(chosen, np.arange(L)) for chosen in (collect.hidden, collect.qkv))
+    return Slots(*(jnp.asarray(slots, jnp.int32) for slots in before))
 
 
 def buffers(spec: ModelSpec, collect: Collect, x_BTE: Float[Array, "B T E"]) -> Collected:
@@ -100,7 +97,7 @@ def keep(
 ) -> Collected:
     """The buffers after a layer, whose input was x, has written."""
 
-    def written(buffer: Array, value: Array, index: int | Array) -> Array:
+    def written(buffer: Array, value: Array, index: Array) -> Array:
         if not buffer.shape[0]:
             return buffer
         return jax.lax.dynamic_update_index_in_dim(buffer, value, index, 0)

@@ -254,10 +254,10 @@ class Decoder:
 
         state, whole = (x, kept), spec.num_layers // period * period
         if whole:
-            by_period = jax.tree.map(lambda s: jnp.asarray(s[:whole].reshape(-1, period)), slots)
+            by_period = jax.tree.map(lambda s: s[:whole].reshape(-1, period), slots)
             state, _ = jax.lax.scan(one_period, state, (params["layers"], by_period))
         for i in range(spec.num_layers - whole):
-            slot = jax.tree.map(lambda s, i=i: int(s[whole + i]), slots)
+            slot = jax.tree.map(lambda s, i=i: s[whole + i], slots)
             state = one_layer(spec.pattern[i], state, params["tail"][str(i)], slot)
         hidden = self.final_norm(params, state[0])
         return hidden, finish(state[1], spec, collect, hidden)

@@ -49,8 +49,8 @@ class Memory:
     temporary_bytes: int
     code_bytes: int
     peak_bytes: int
-    """The most that is held at one time: arguments, outputs and temporaries. (On CPU, XLA leaves
-    the temporaries out.)"""
+    """The most that is in use at one time, arguments and outputs included, by the compiler's own
+    account. Gaps between the temporaries are not in it; on CPU no temporaries are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +101,8 @@ def compile_program(lowered: jax.stages.Lowered, *, level: Level = "O1") -> Prog
     Args:
       lowered: `jax.jit(function).lower(arguments)`; the arguments may be `jax.ShapeDtypeStruct`s
         with shardings on a mesh of `topology` devices.
-      level: how hard the compiler tries. O1 takes a fourth of the time of the default, O2, with the
-        same FLOPs and within about a tenth of its memory.
+      level: how hard the compiler tries. O1 takes a third to a fourth of the time of O2, with the
+        same FLOPs and within about a tenth of the memory.
 
     Raises:
       jax.errors.JaxRuntimeError: the compiler refuses, for instance because the program does not

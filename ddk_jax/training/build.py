@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -27,12 +28,25 @@ from ddk_jax.config import (
     suggest,
 )
 from ddk_jax.data.pipeline import MixturePipeline
-from ddk_jax.data.rows import DomainRows, open_rows, validation_batches
+from ddk_jax.data.retokenise import Retokeniser, teacher_length
+from ddk_jax.data.rows import (
+    DomainRows,
+    HostBatch,
+    open_rows,
+    predicted_tokens,
+    validation_batches,
+)
 from ddk_jax.data.shards import Manifest, read_manifest
 from ddk_jax.data.tokenize import Tokenizer, same_tokens
 from ddk_jax.errors import DataError, UserError
 from ddk_jax.losses.chunked import ChunkPlan, chunk_tokens
-from ddk_jax.losses.objective import Objective, WeightedTerm, check_terms, needs_teacher
+from ddk_jax.losses.objective import (
+    Objective,
+    WeightedTerm,
+    check_terms,
+    crosses_vocabularies,
+    needs_teacher,
+)
 from ddk_jax.losses.state_terms import Shape, StateTerm
 from ddk_jax.mixture.controllers import CONTROLLERS, Controller, Static
 from ddk_jax.mixture.gaps import GAPS
@@ -117,6 +131,17 @@ def load_model(path: str, mesh: Mesh, *, dtype: Any, params_dtype: Any) -> Loade
     shardings = param_shardings(mesh, decoder.logical_axes(), decoder.abstract())
     params = hf.load(directory, spec=spec, dtype=params_dtype, shardings=shardings)
     return Loaded(decoder=decoder, params=params, digest=hf.file_digest(directory))
+
+
+@contextmanager
+def _said_of(field: str) -> Iterator[None]:
+    """Errors in values become the user's, with the field that they are in."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{field}: {error}") from error
 
 
 def trained_filters(run_dir: str, layers: tuple[int, ...], mesh: Mesh) -> Array:
@@ -219,6 +244,35 @@ class Job:
         return tuple(specs)
 
     @cached_property
+    def _may_differ(self) -> bool:
+        """Whether the objective takes a teacher with another vocabulary."""
+        objective = make_objective(self.config.objective.terms)
+        return crosses_vocabularies(objective) and not self.config.teacher.others
+
+    @cached_property
+    def teacher_tokenizer(self) -> Tokenizer | None:
+        """The teacher's, if its tokens are not the data's."""
+        if not self.teacher_specs or not self._may_differ:
+            return None
+        directory = resolve_path(self.config.teacher.path)
+        if not (directory / "tokenizer.json").is_file():
+            return None
+        theirs = Tokenizer(directory)
+        return theirs if same_tokens(theirs, self._tokenizer) else None
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer(resolve_path(self.config.data.dir) / "tokenizer")
+
+    @cached_property
+    def retokeniser(self) -> Retokeniser | None:
+        """What cuts the rows into the teacher's tokens, if those are not the data's."""
+        theirs, ours = self.teacher_tokenizer, self._tokenizer
+        if theirs is None:
+            return None
+        return Retokeniser(ours, theirs, teacher_length(self.train_rows, ours, theirs))
+
+    @cached_property
     def teacher_weights(self) -> np.ndarray:
         """Weight of every teacher in every domain, float64 [D, M]."""
         for teacher in self._teacher_configs:
@@ -254,7 +308,9 @@ class Job:
                         f"student.spec.{name} is missing: describe the student, or set "
                         "student.path to a model directory"
                     )
-            size = teachers[0].vocab_size if teachers else self.manifest.tokenizer.vocab_size
+            size = self.manifest.tokenizer.vocab_size
+            if teachers and self.teacher_tokenizer is None:
+                size = teachers[0].vocab_size
             spec = replace(spec, vocab_size=spec.vocab_size or size)
             families.config_from_spec(spec)  # refuse now what could not be exported later
         if spec.vocab_size < self.manifest.tokenizer.vocab_size:
@@ -273,13 +329,9 @@ class Job:
             raise UserError(
                 f"objective.terms: {', '.join(names)} needs a teacher: set teacher.path"
             )
-        try:
+        with _said_of("objective.terms"):
             check_terms(objective)
             return tuple(self._bound(term) for term in objective)
-        except UserError:
-            raise
-        except ValueError as error:
-            raise UserError(f"objective.terms: {error}") from error
 
     def _bound(self, term: WeightedTerm) -> WeightedTerm:
         if not isinstance(term.loss, StateTerm):
@@ -370,6 +422,8 @@ class Job:
             raise UserError("train.stop_discrepancy compares with a teacher: set teacher.path")
         _ = self.objective, self.controller, self.micro_rows, self.student, self.train_rows
         _ = self.teacher_weights
+        with _said_of("objective.terms"):
+            check_terms(self.objective, self.manifest.tokenizer.vocab_size)
 
     def initial_state(self) -> TrainState:
         """The state before the first step, in its shardings."""
@@ -445,11 +499,13 @@ class Job:
 
     def _plan(self, columns: int) -> ChunkPlan:
         """How heads of so many columns, and the losses, are computed."""
-        budget = self.config.objective.logits_mib
+        budget, theirs = self.config.objective.logits_mib, self.teacher_tokenizer
         return ChunkPlan(
             tokens=chunk_tokens(budget, columns, self.mesh.shape[VOCAB_AXIS]),
             vocab_size=self.manifest.tokenizer.vocab_size,
+            teacher_vocab_size=theirs.vocab_size if theirs else 0,
             by_confidence=self.config.teacher.by_confidence,
+            round_logits=self.config.objective.round_logits,
             head_gradient=not self.config.student.frozen,
         )
 
@@ -462,28 +518,34 @@ class Job:
             rows_per_step=train.rows_per_step,
             seed=self.config.run.seed,
             prefetch=train.prefetch_steps,
+            finish=self.retokeniser,
         )
 
-    def place(self, tokens: Any, segment_ids: Any, role: Any, domain: Any) -> Batch:
+    def place(self, host: HostBatch) -> Batch:
         """A host batch on the devices, cut into micro-batches."""
-        return place_batch(self.mesh, self.micro_rows, tokens, segment_ids, role, domain)
+        return place_batch(self.mesh, self.micro_rows, *host)
 
     def measure(self, decoder: Decoder, params: Any) -> DomainNats:
         """Nats per token of a model on the validation rows of every domain."""
         return self._measure((decoder,), np.ones((len(self.domains), 1)), (params,))
 
     def _measure(
-        self, decoders: tuple[Decoder, ...], weights: np.ndarray, params: tuple[Any, ...]
+        self,
+        decoders: tuple[Decoder, ...],
+        weights: np.ndarray,
+        params: tuple[Any, ...],
+        rows: Retokeniser | None = None,
     ) -> DomainNats:
         step = self._eval_steps.get(decoders)
         if step is None:
+            plan = self._plan(max(decoder.spec.vocab_size for decoder in decoders))
+            if rows is not None:  # models in the teacher's tokens
+                plan = replace(plan, vocab_size=rows.theirs.vocab_size, teacher_vocab_size=0)
             step = self._eval_steps[decoders] = make_eval_step(
-                Teachers(decoders, weights),
-                self.mesh,
-                num_domains=len(self.domains),
-                plan=self._plan(max(decoder.spec.vocab_size for decoder in decoders)),
+                Teachers(decoders, weights), self.mesh, num_domains=len(self.domains), plan=plan
             )
-        return measure(step, params, self._validation_batches(), len(self.domains))
+        batches = (self._validation_batch(host, rows) for host in self._validation_rows())
+        return measure(step, params, batches, len(self.domains))
 
     @cached_property
     def _eval_steps(self) -> dict[tuple[Decoder, ...], Any]:
@@ -505,12 +567,19 @@ class Job:
             "dtype": [str(self.dtype), str(self.teacher_dtype)],
         }
         directory = resolve_path(config.data.dir) / "teacher_nats"
+        return cached(directory, key, self._measured_teachers)
+
+    def _measured_teachers(self) -> DomainNats:
         decoders = tuple(teacher.decoder for teacher in self.teachers)
-        return cached(
-            directory,
-            key,
-            lambda: self._measure(decoders, self.teacher_weights, self.teacher_params),
-        )
+        models = decoders, self.teacher_weights, self.teacher_params
+        if self.retokeniser is None:
+            return self._measure(*models)
+        theirs = self._measure(*models, rows=self.retokeniser)
+        # All nats of a text, over the student's tokens of that text: the two can be compared.
+        ours = np.zeros(len(self.domains))
+        for host in self._validation_rows():
+            ours += predicted_tokens(host, len(self.domains))
+        return DomainNats(theirs.nats * theirs.tokens / ours, ours)
 
     @property
     def teachers_digest(self) -> str:
@@ -522,14 +591,19 @@ class Job:
         mixed.append([self.config.teacher.by_confidence])
         return hashlib.sha256(repr(mixed).encode()).hexdigest()
 
-    def _validation_batches(self) -> Iterator[Batch]:
+    def _validation_rows(self) -> Iterator[HostBatch]:
         config = self.config
-        rows = open_rows(resolve_path(config.data.dir), "validation", config.data.seq_len)
-        for domain_rows in rows:
-            for host in validation_batches(
-                domain_rows, config.evaluation.rows_per_domain, config.evaluation.batch_rows
-            ):
-                yield place_batch(self.mesh, config.evaluation.batch_rows, *host)
+        domains = open_rows(resolve_path(config.data.dir), "validation", config.data.seq_len)
+        for rows in domains:
+            count = config.evaluation.rows_per_domain
+            yield from validation_batches(rows, count, config.evaluation.batch_rows)
+
+    def _validation_batch(self, host: HostBatch, rows: Retokeniser | None) -> Batch:
+        """On the devices; in the teacher's tokens, if `rows` makes them."""
+        if rows is not None and (made := rows(host).teacher) is not None:
+            role = np.minimum(made.segment_ids, 1)
+            host = HostBatch(made.tokens, made.segment_ids, role, host.domain)
+        return place_batch(self.mesh, self.config.evaluation.batch_rows, *host)
 
     def _check_divides(self, rows: int, field: str) -> None:
         shards = data_shards(self.mesh)
@@ -539,15 +613,21 @@ class Job:
             )
 
     def _check_tokens(self, path: str, who: str, spec: ModelSpec) -> None:
-        """Refuse a model whose tokenizer gives other ids than the data's."""
+        """Refuse a model whose tokenizer gives other ids than the data's.
+
+        A teacher may have another one if all terms that need it compare across vocabularies.
+        """
         tokens = self.manifest.tokenizer.vocab_size  # first of all: is there any data?
         directory = resolve_path(path)
         if (directory / "tokenizer.json").is_file():
             data = Tokenizer(resolve_path(self.config.data.dir) / "tokenizer")
             if differences := same_tokens(Tokenizer(directory), data):
+                if who == "teacher" and self._may_differ:
+                    return
+                hint = "; `uld` alone compares across vocabularies" if who == "teacher" else ""
                 raise UserError(
                     f"the {who}'s tokenizer ({path}) is not the data's "
-                    f"({self.config.data.dir}/tokenizer): {'; '.join(differences)}"
+                    f"({self.config.data.dir}/tokenizer): {'; '.join(differences)}{hint}"
                 )
         elif spec.vocab_size > tokens:
             raise UserError(

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from ddk_jax.config import Config, resolve_path
-from ddk_jax.data.rows import HostBatch
+from ddk_jax.data.rows import predicted_tokens
 from ddk_jax.errors import DivergedError, UserError
 from ddk_jax.mixture.controllers import ControllerState, advice
 from ddk_jax.mixture.gaps import discrepancy
@@ -178,10 +178,12 @@ class _Run:
         waiting = time.monotonic()
         host, _ = next(self.pipeline)
         self.waited += time.monotonic() - waiting
-        batch = self.job.place(*host)
+        batch = self.job.place(host)
         self.state, sums = self.train_step(self.state, self.job.frozen, batch)
         self.step += 1
-        self.tokens_per_domain = self.tokens_per_domain + _predicted(host, len(self.job.domains))
+        self.tokens_per_domain = self.tokens_per_domain + predicted_tokens(
+            host, len(self.job.domains)
+        )
         self._report()
         self._pending = _Pending(self.step, sums, self.tokens_per_domain)
         for saved in self.checkpoints.poll():
@@ -406,10 +408,3 @@ def _step_event(
         skipped=sums.skipped,
         timing=timing,
     )
-
-
-def _predicted(host: HostBatch, num_domains: int) -> np.ndarray:
-    """Predicted tokens of a batch by domain, int64 [D]."""
-    same = host.segment_ids[:, 1:] == host.segment_ids[:, :-1]
-    per_row = (same & (host.role[:, 1:] > 0)).sum(axis=1)
-    return np.bincount(host.domain, weights=per_row, minlength=num_domains).astype(np.int64)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, UInt32
+from jaxtyping import Array, Bool, Float, UInt32
 
 from ddk_jax.losses.chunked import ChunkPlan, LossInputs, sharded_objective
 from ddk_jax.losses.objective import Objective, WeightedTerm, make_term, needs_teacher
@@ -24,7 +24,7 @@ from ddk_jax.losses.targets import Head, TeacherTargets
 from ddk_jax.models.collect import NOTHING, Collect, Collected
 from ddk_jax.models.decoder import segment_positions
 from ddk_jax.parallel.mesh import DATA_AXES, VOCAB_AXIS
-from ddk_jax.training.state import Batch
+from ddk_jax.training.state import Batch, TeacherRows
 
 LABELS: Objective = (make_term("cross_entropy"),)
 
@@ -198,10 +198,19 @@ class MicroLoss:
         return value, jnp.mean(nats[0].reshape(B, n, T), axis=1)
 
 
-def forward(model: Model, params: Any, micro: Batch, collect: Collect = NOTHING) -> Forward:
+def forward(
+    model: Model, params: Any, rows: Batch | TeacherRows, collect: Collect = NOTHING
+) -> Forward:
     """Hidden states of all tokens but the last of every row."""
-    tokens, segments = micro.tokens[:, :-1], micro.segment_ids[:, :-1]
+    tokens, segments = rows.tokens[:, :-1], rows.segment_ids[:, :-1]
     return Forward(*model.apply(params, tokens, segments, segment_positions(segments), collect))
+
+
+def paired(micro: Batch) -> Bool[Array, "*axes"]:
+    """Whether the teacher has read the same text somewhere; always, if it has the same tokens."""
+    if micro.teacher is None:
+        return jnp.ones(micro.tokens[..., 1:].shape, bool)
+    return micro.teacher.position >= 0
 
 
 def on_mesh(
@@ -250,10 +259,18 @@ def teacher_targets(
 def teacher_forward(
     teachers: Teachers, params: tuple[Any, ...], micro: Batch, collect: Collect = NOTHING
 ) -> tuple[Forward, ...]:
-    """Every teacher's; inner states of the first one only. No gradient flows back."""
+    """Every teacher's; inner states of the first one only. No gradient flows back.
+
+    From a teacher with tokens of its own, the hidden states where it has read the same text.
+    """
     pairs = zip(teachers.models, params, strict=True)
     first = [collect, *(NOTHING for _ in params[1:])]
-    return tuple(
-        jax.lax.stop_gradient(forward(model, p, micro, chosen))
+    rows = micro.teacher or micro
+    made = tuple(
+        jax.lax.stop_gradient(forward(model, p, rows, chosen))
         for (model, p), chosen in zip(pairs, first, strict=True)
     )
+    if micro.teacher is None:
+        return made
+    where = jnp.maximum(micro.teacher.position, 0)[:, :, None]
+    return tuple(f._replace(hidden=jnp.take_along_axis(f.hidden, where, axis=1)) for f in made)

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
@@ -27,6 +26,15 @@ class TrainState(NamedTuple):
     skipped_in_a_row: Int[Array, ""]
 
 
+class TeacherRows(NamedTuple):
+    """The text of the rows in the tokens of a teacher with another vocabulary, U + 1 of them."""
+
+    tokens: Int[Array, "M B U+1"]
+    segment_ids: Int[Array, "M B U+1"]
+    position: Int[Array, "M B T"]
+    """Where in the teacher's row a predicting token has read the same text; -1: nowhere."""
+
+
 class Batch(NamedTuple):
     """Rows on the devices, cut into M micro-batches of B rows; a row holds T + 1 tokens."""
 
@@ -34,6 +42,7 @@ class Batch(NamedTuple):
     segment_ids: Int[Array, "M B T+1"]
     role: Int[Array, "M B T+1"]
     domain: Int[Array, "M B"]
+    teacher: TeacherRows | None = None
 
 
 class StepSums(NamedTuple):
@@ -99,14 +108,15 @@ def state_shardings(mesh: Mesh, abstract: TrainState, student_axes: Any) -> Trai
     )
 
 
-def place_batch(mesh: Mesh, micro_rows: int, *arrays: np.ndarray) -> Batch:
+def place_batch(mesh: Mesh, micro_rows: int, *arrays: Any) -> Batch:
     """Cut host arrays `tokens, segment_ids, role, domain` into micro-batches and place them.
 
     Args:
       mesh: rows of each micro-batch are shared by its data axes.
       micro_rows: rows of a micro-batch; divides the number of rows.
-      *arrays: row arrays in the order of `Batch`'s fields.
+      *arrays: row arrays in the order of `Batch`'s fields; the last is a tuple of them, or None.
     """
     sharding = NamedSharding(mesh, PartitionSpec(None, DATA_AXES))
-    cut = [x.reshape(-1, micro_rows, *x.shape[1:]) for x in arrays]
-    return Batch(*jax.device_put(cut, sharding))
+    cut = jax.tree.map(lambda x: x.reshape(-1, micro_rows, *x.shape[1:]), arrays)
+    batch = Batch(*jax.device_put(cut, sharding))
+    return batch if batch.teacher is None else batch._replace(teacher=TeacherRows(*batch.teacher))

@@ -27,6 +27,7 @@ from ddk_jax.training.micro import (
     draws,
     label_inputs,
     on_mesh,
+    paired,
     teacher_forward,
     teacher_targets,
 )
@@ -56,6 +57,9 @@ def make_train_step(
     def step(state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, StepSums]:
         predicted_MBT = predicted(batch)
         weights_KMBT = term_weights(objective, batch.role[:, :, 1:], predicted_MBT)
+        with_teacher_K = jnp.array([term.needs_teacher for term in objective])
+        counted_KMBT = paired(batch)[None] | ~with_teacher_K[:, None, None, None]
+        weights_KMBT = jnp.where(counted_KMBT, weights_KMBT, jnp.float32(0))
         counts_K = jnp.maximum(jnp.sum(weights_KMBT, axis=(1, 2, 3)), 1)
         factors_K = term_factors(objective, state.step) / counts_K
         temperatures_K = temperatures(objective, state.step)
