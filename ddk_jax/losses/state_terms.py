@@ -220,8 +220,10 @@ def _picked(wanted: Sequence[int], states: States, there: Chosen) -> tuple[Array
     """
 
     def of(x: Array, kept: tuple[int, ...]) -> Array:
-        known = all(layer in kept for layer in wanted)
-        return x[jnp.array([kept.index(layer) for layer in wanted])] if known else x
+        if tuple(wanted) == kept or any(layer not in kept for layer in wanted):
+            return x
+        # Slices, not a gather, whose gradient would be a scatter.
+        return jnp.stack([x[kept.index(layer)] for layer in wanted])
 
     hidden = of(states.hidden, there.hidden)
     return hidden, *(of(x, there.qkv) for x in (states.q, states.k, states.v))
