@@ -88,22 +88,40 @@ def train(config: Settings) -> None:
 
 
 def evaluate(
-    model: Model, data: str = "", rows: int = 500, seq_len: int = 0, json: Flag = False
+    model: Model,
+    data: str = "",
+    rows: int = 500,
+    seq_len: int = 0,
+    tasks: tuple[str, ...] = (),
+    limit: int = 0,
+    json: Flag = False,
 ) -> None:
-    """Measure a model on the validation split of every domain.
+    """Measure a model on the validation split of every domain, or score it on tasks.
 
     Args:
       model: Hugging Face directory, or run directory (its newest student).
       data: directory of prepared data; a run has its own.
       rows: rows of each domain; 0: all of them.
       seq_len: tokens that a row predicts; 0: as in the run, or as the model allows, at most 1024.
+      tasks: JSONL files (also .gz and .xz), folders or globs of tasks, in place of prepared data.
+      limit: examples of each task, the same ones for every model; 0: all of them.
       json: print one JSON object: model, data, domains, and by domain nats (per token),
-        bits_per_byte (nats / ln 2 * tokens / bytes of the split), perplexity, tokens.
+        bits_per_byte (nats / ln 2 * tokens / bytes of the split), perplexity, tokens; or model and
+        tasks (task, metrics by name with value and stderr, baselines, examples, ...).
     """
-    from ddk_jax.inspection import measurement_table
+    from ddk_jax.inspection import measurement_table, score_table
     from ddk_jax.training.metrics import to_json
-    from ddk_jax.training.trained import measure_model
+    from ddk_jax.training.trained import measure_model, score_model
 
+    if tasks and data:
+        raise UserError("--tasks and --data: name one of them, and call twice for both")
+    if tasks:
+        scores = score_model(model, tasks, limit=limit, seq_len=seq_len)
+        tree = {"model": model, "tasks": to_json(scores)}
+        print(json_format.dumps(tree) if json else score_table(scores))
+        return
+    if limit:
+        raise UserError("--limit is for --tasks; with prepared data, say --rows")
     result = measure_model(model, data=data, rows=rows, seq_len=seq_len)
     if json:
         print(json_format.dumps(to_json(result)))

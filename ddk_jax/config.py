@@ -48,7 +48,8 @@ class SourceConfig:
     path: str
     """File, folder or glob. `assets:NAME` is a file shipped in the package."""
     text: str = "text"
-    """JSONL column that holds the text of a document; unused when `prompt` is given."""
+    """JSONL column that holds the text of a document; unused when `prompt` is given. A row without
+    it that has `query`, `choices` and `gold` is a multiple-choice question (`docs/tasks.md`)."""
     prompt: str = ""
     """JSONL column of the prompt. Together with `response` it replaces `text`."""
     response: str = ""
@@ -166,6 +167,7 @@ class TermConfig:
     """Settings of the loss. In YAML they stand beside the other keys of the term."""
 
     OTHER_KEYS: ClassVar[str] = "settings"
+    """The field that takes all keys which are no fields."""
 
 
 def _paper_terms() -> tuple[TermConfig, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ddk_jax.data.tokenize import Tokenizer
 from ddk_jax.errors import UserError
 from ddk_jax.models import hf
 from ddk_jax.models.directory import CONFIG, read_json, weight_files
+from ddk_jax.tasks.scores import TaskScore
 from ddk_jax.training.metrics import read_metrics
 from ddk_jax.training.trained import Measurement, is_run
 
@@ -167,3 +168,20 @@ def measurement_table(result: Measurement) -> str:
         for name, row in zip([*result.domains, MEAN], [*rows, last], strict=True)
     ]
     return aligned_table(header, cells)
+
+
+def score_table(scores: Sequence[TaskScore]) -> str:
+    """Scores of tasks in columns, a row for each metric; `majority` and `chance` need no model."""
+    header = ("task", "examples", "metric", "value", "stderr", "majority", "chance", "truncated")
+    rows = []
+    for score in scores:
+        first = (score.task, f"{score.examples:,}/{score.available:,}")
+        last = f"{score.truncated:,}"
+        for name, metric in score.metrics.items():
+            baselines = score.baselines if name.startswith("acc") else {}
+            style = ",.2f" if name.endswith("perplexity") else ".4f"
+            figures = (metric.value, metric.stderr, *map(baselines.get, header[5:7]))
+            cells = ("-" if x is None else number(x, style) for x in figures)
+            rows.append((*first, name, *cells, last))
+            first, last = ("", ""), ""
+    return aligned_table(header, rows)

@@ -187,6 +187,8 @@ def test_overrides_are_typed_and_change_only_what_they_name(yaml_file):
         (["evaluate", "{root}/teacher"], "name prepared data with --data"),
         (["evaluate", "{root}/teacher", "--data", "{root}/data", "--seq-len", "17"], "at most 16"),
         (["evaluate", "{root}/nowhere", "--data", "{root}/data"], "no such directory"),
+        (["evaluate", "{root}/teacher", "--data", "{root}/data", "--tasks", "x"], "one of them"),
+        (["evaluate", "{root}/teacher", "--data", "{root}/data", "--limit", "5"], "is for --tasks"),
         (["export", "{root}/data"], "not a run directory"),
         (["report"], "at least one run"),
         (["report", "{root}/data"], "not a run directory"),
@@ -333,6 +335,39 @@ def test_evaluate_prints_a_table(ddk, exported, tiny_root):
     lines = said.out.splitlines()
     assert said.code == 0 and lines[0].split()[:3] == ["domain", "nats/token", "bits/byte"]
     assert [line.split()[0] for line in lines[2:]] == [*tiny.DOMAINS, "mean"]
+
+
+def test_evaluate_scores_tasks(ddk, run_dir, exported, tmp_path):
+    rows = [
+        {"query": "a cat", "choices": ["runs", "zzz", "jumps"], "gold": i % 3} for i in range(7)
+    ]
+    (tmp_path / "cats.test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "lambada.jsonl").write_text(json.dumps({"text": "the dog runs over the cat"}))
+    words = ["--tasks", tmp_path / "*.jsonl", "--limit", 5]
+    said = ddk("evaluate", run_dir, *words, "--json")
+    assert said.code == 0, said.err
+    found = json.loads(said.out)
+    assert list(found) == ["model", "tasks"] and found["model"] == str(run_dir)
+    cats, last_word = found["tasks"]
+    assert (cats["task"], cats["examples"], cats["available"]) == ("cats.test", 5, 7)
+    assert cats["baselines"] == {"majority": pytest.approx(3 / 7), "chance": pytest.approx(1 / 3)}
+    assert last_word["metrics"]["perplexity"]["value"] > 1
+    assert last_word["metrics"]["perplexity"]["stderr"] is None  # of one example
+    assert last_word["truncated"] == 1
+
+    header, _, acc, acc_norm, *others = ddk("evaluate", exported, *words).out.splitlines()
+    assert header.split()[:4] == ["task", "examples", "metric", "value"]
+    value = format(cats["metrics"]["acc"]["value"], ".4f")
+    assert acc.split()[:4] == ["cats.test", "5/7", "acc", value]
+    assert acc.split()[-3:] == ["0.4286", "0.3333", "0"]
+    assert acc_norm.split()[0] == "acc_norm"
+    assert [line.split()[0] for line in others] == ["lambada", "perplexity"]
+
+
+def test_evaluate_a_file_that_is_no_task_is_65(ddk, exported, tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"prompt": "p", "answer": "a"}')
+    said = ddk("evaluate", exported, "--tasks", tmp_path / "x.jsonl")
+    assert said.code == 65 and "x.jsonl, line 1: a task has the columns query" in said.err
 
 
 def test_evaluate_refuses_another_tokenizer(ddk, tiny_root, tmp_path):

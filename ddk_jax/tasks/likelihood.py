@@ -1,9 +1,9 @@
 """Log-probabilities of given tokens after given contexts, in few compiled programs.
 
 A request that is longer than the model is cut into windows: each predicted token is predicted once,
-after as much of the text before it as fits. Windows are padded to few lengths and batched, so a
-handful of programs serves any number of tasks. Padding is on the left: the predicted tokens of all
-rows then are the last columns, and the head works on these alone.
+after as much of the text before it as fits. Windows are padded to few lengths (24, 32, 48, 64, 96,
+...) and batched, so a dozen programs serve any number of tasks. Padding is on the left: the
+predicted tokens of all rows then are the last columns, and the head works on these alone.
 
 Legend: B rows, T tokens of a window, S predicted tokens, E hidden, V vocabulary.
 """
@@ -27,7 +27,7 @@ from ddk_jax.tasks.requests import Request
 BATCH_TOKENS = 2048
 """Tokens of a batch on one device, padding included."""
 
-_SHORTEST = 32
+_SHORTEST = 24
 _FEW_PREDICTED = 64
 _HEAD_TOKENS = 512
 
@@ -125,7 +125,9 @@ def _windows(number: int, request: Request, max_tokens: int) -> Iterator[_Window
 def _shape(window: _Window, max_tokens: int) -> tuple[int, int]:
     """Columns of the batch that a window goes into: input tokens, and predicted ones."""
     length, predicted = window.end - 1 - window.begin, window.end - window.first
-    columns = min(max(_SHORTEST, 1 << (length - 1).bit_length()), max_tokens)
+    power = 1 << (length - 1).bit_length()
+    size = power * 3 // 4 if length <= power * 3 // 4 else power
+    columns = min(max(_SHORTEST, size), max_tokens)
     return columns, min(_FEW_PREDICTED, columns) if predicted <= _FEW_PREDICTED else columns
 
 

@@ -35,6 +35,7 @@ from ddk_jax.training.state import Batch, StepSums, TrainState
 
 TrainStep: TypeAlias = Callable[[TrainState, Frozen, Batch], tuple[TrainState, StepSums]]
 EvalStep: TypeAlias = Callable[[Any, Batch], DomainSums]
+ComparisonStep: TypeAlias = Callable[[Any, Frozen, Batch], DomainSums]
 
 
 def make_train_step(
@@ -137,6 +138,23 @@ def make_eval_step(models: Teachers, mesh: Mesh, *, num_domains: int, plan: Chun
         return jax.lax.scan(add, DomainSums(zeros, zeros), batch)[0]
 
     return jax.jit(step, out_shardings=replicated(mesh))
+
+
+def make_comparison_step(loss: MicroLoss, *, num_domains: int) -> ComparisonStep:
+    """Jit `(params, frozen, batch) -> DomainSums` of every term, [K, D]; no gradient is taken."""
+
+    def step(params: Any, frozen: Frozen, batch: Batch) -> DomainSums:
+        def micro_sums(micro: Batch) -> DomainSums:
+            weights_KBT = term_weights(loss.objective, micro.role[:, 1:], predicted(micro))
+            _, nats_KBT = loss(params, frozen, micro, label_inputs(micro, weights_KBT))
+            return jax.vmap(lambda n, w: domain_sums(n, w, micro.domain, num_domains))(
+                nats_KBT, weights_KBT
+            )
+
+        sums = jax.lax.map(micro_sums, batch)
+        return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+
+    return jax.jit(step, out_shardings=replicated(loss.mesh))
 
 
 def predicted(batch: Batch) -> Float[Array, "*M B T"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from ddk_jax.data.shards import TOKENIZER
 from ddk_jax.data.tokenize import Tokenizer, same_tokens
 from ddk_jax.errors import UserError
 from ddk_jax.models.decoder import Decoder
+from ddk_jax.tasks.examples import read_tasks
+from ddk_jax.tasks.scores import TaskScore, score_tasks
 from ddk_jax.training.build import Job, compute_dtype, load_model
 from ddk_jax.training.checkpoint import read_latest
 
@@ -117,14 +120,11 @@ def measure_model(path: str, *, data: str = "", rows: int = 500, seq_len: int = 
       UserError: see `open_model`; also no data, data of another tokenizer, or rows too long.
     """
     model = open_model(path)
-    run, spec = model.config, model.decoder.spec
+    run = model.config
     if not data and run is None:
         raise UserError(f"{path} is a model directory: name prepared data with --data")
     data = data or (run.data.dir if run else "")
-    longest = spec.max_positions
-    seq_len = seq_len or (run.data.seq_len if run else min(longest, _LONGEST_ROW))
-    if run is None and seq_len > longest:
-        raise UserError(f"--seq-len {seq_len}: {path} is made for at most {longest} positions")
+    seq_len = _row_length(path, model, seq_len)
     batch = math.lcm(8, jax.device_count())
     job = Job(
         Config(
@@ -148,6 +148,47 @@ def measure_model(path: str, *, data: str = "", rows: int = 500, seq_len: int = 
         perplexity=perplexity,
         tokens=result.tokens.astype(np.int64),
     )
+
+
+def score_model(
+    path: str, tasks: Sequence[str], *, limit: int = 0, seed: int = 0, seq_len: int = 0
+) -> tuple[TaskScore, ...]:
+    """Score a model on tasks.
+
+    Args:
+      path: as for `open_model`.
+      tasks: files, folders or globs, as for `read_tasks`.
+      limit: examples of each task; 0: all of them.
+      seed: draws the examples; the same seed draws the same ones for every model.
+      seq_len: tokens of the longest input; 0: as in the run, or as many as the model has positions,
+        at most 1024.
+
+    Raises:
+      UserError: see `open_model`; also a tokenizer with more tokens than the model has embeddings.
+      DataError: a file is no task.
+    """
+    wanted = [task.sample(limit, seed) for task in read_tasks(tasks)]
+    model = open_model(path)
+    seq_len = _row_length(path, model, seq_len)
+    tokenizer, spec = Tokenizer(model.tokenizer), model.decoder.spec
+    if tokenizer.vocab_size > spec.vocab_size:
+        raise UserError(
+            f"{path} has {spec.vocab_size} embeddings, its tokenizer {tokenizer.vocab_size} tokens"
+        )
+    mesh = Job(Config(mesh=_MESH)).mesh
+    return score_tasks(
+        model.decoder, model.params, tokenizer, wanted, mesh=mesh, max_tokens=seq_len
+    )
+
+
+def _row_length(path: str, model: TrainedModel, seq_len: int) -> int:
+    """The wanted number of tokens, or that of the run, or what the model is made for."""
+    longest = model.decoder.spec.max_positions
+    if model.config is not None:
+        return seq_len or model.config.data.seq_len
+    if seq_len > longest:
+        raise UserError(f"--seq-len {seq_len}: {path} is made for at most {longest} positions")
+    return seq_len or min(longest, _LONGEST_ROW)
 
 
 def _check_tokens(path: str, model: TrainedModel, job: Job) -> None:
