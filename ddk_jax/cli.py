@@ -92,6 +92,8 @@ def evaluate(
     data: str = "",
     rows: int = 500,
     seq_len: int = 0,
+    teacher: str = "",
+    roles: Literal["all", "prompt", "response"] = "all",
     tasks: tuple[str, ...] = (),
     limit: int = 0,
     json: Flag = False,
@@ -103,16 +105,26 @@ def evaluate(
       data: directory of prepared data; a run has its own.
       rows: rows of each domain; 0: all of them.
       seq_len: tokens that a row predicts; 0: as in the run, or as the model allows, at most 1024.
+      teacher: model to compare with: cross-entropy of both, forward KL, overlap of the 8 largest
+        logits.
+      roles: tokens that the comparison counts.
       tasks: JSONL files (also .gz and .xz), folders or globs of tasks, in place of prepared data.
       limit: examples of each task, the same ones for every model; 0: all of them.
       json: print one JSON object: model, data, domains, and by domain nats (per token),
         bits_per_byte (nats / ln 2 * tokens / bytes of the split), perplexity, tokens; or model and
         tasks (task, metrics by name with value and stderr, baselines, examples, ...).
     """
-    from ddk_jax.inspection import measurement_table, score_table
+    from ddk_jax.inspection import comparison_table, measurement_table, score_table
     from ddk_jax.training.metrics import to_json
-    from ddk_jax.training.trained import measure_model, score_model
+    from ddk_jax.training.trained import compare_models, measure_model, score_model
 
+    if teacher:
+        comparison = compare_models(
+            model, teacher, data=data, rows=rows, seq_len=seq_len, roles=roles
+        )
+        tree = to_json(comparison)
+        print(json_format.dumps(tree) if json else comparison_table(comparison))
+        return
     if tasks and data:
         raise UserError("--tasks and --data: name one of them, and call twice for both")
     if tasks:

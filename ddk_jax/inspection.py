@@ -18,7 +18,7 @@ from ddk_jax.models import hf
 from ddk_jax.models.directory import CONFIG, read_json, weight_files
 from ddk_jax.tasks.scores import TaskScore
 from ddk_jax.training.metrics import read_metrics
-from ddk_jax.training.trained import Measurement, is_run
+from ddk_jax.training.trained import Comparison, Measurement, is_run
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -165,6 +165,18 @@ def measurement_table(result: Measurement) -> str:
     last = (mean, np.mean(result.bits_per_byte), np.exp(mean), np.sum(result.tokens))
     cells = [
         (name, *map(number, map(float, row), (".4f", ".4f", ",.2f", ",.0f")))
+        for name, row in zip([*result.domains, MEAN], [*rows, last], strict=True)
+    ]
+    return aligned_table(header, cells)
+
+
+def comparison_table(result: Comparison) -> str:
+    """A comparison in columns, with the means over the domains."""
+    header = ("domain", "nats", "teacher's", "KL", "overlap@8", "tokens")
+    rows = list(zip(*result.terms.values(), result.tokens, strict=True))
+    last = (*(np.mean(values) for values in result.terms.values()), np.sum(result.tokens))
+    cells = [
+        (name, *map(number, map(float, row), (".4f", ".4f", ".4f", ".4f", ",.0f")))
         for name, row in zip([*result.domains, MEAN], [*rows, last], strict=True)
     ]
     return aligned_table(header, cells)

@@ -337,6 +337,26 @@ def test_evaluate_prints_a_table(ddk, exported, tiny_root):
     assert [line.split()[0] for line in lines[2:]] == [*tiny.DOMAINS, "mean"]
 
 
+def test_evaluate_compares_with_a_teacher(ddk, run_dir, finished, tiny_root):
+    teacher = tiny_root / "teacher"
+    options = ["--teacher", teacher, "--rows", 8]
+    found = json.loads(ddk("evaluate", run_dir, *options, "--json").out)
+    assert found["tokens"] == finished.of("evaluation")[-1]["tokens"]
+    line = finished.of("evaluation")[-1]
+    terms = found["terms"]
+    np.testing.assert_allclose(terms["cross_entropy"], line["student_nats"], rtol=1e-4)
+    np.testing.assert_allclose(terms["teacher_cross_entropy"], line["teacher_nats"], rtol=1e-4)
+    assert min(terms["forward_kl"]) > 0 and 0 < max(terms["top_k_overlap"]) < 1
+
+    options += ["--data", tiny_root / "data", "--seq-len", tiny.SEQ_LEN]
+    same = json.loads(ddk("evaluate", teacher, *options, "--json").out)["terms"]
+    np.testing.assert_allclose(same["forward_kl"], 0, atol=1e-6)
+    np.testing.assert_array_equal(same["top_k_overlap"], 1)
+    table = ddk("evaluate", teacher, *options, "--roles", "response").out.splitlines()
+    assert table[0].split() == ["domain", "nats", "teacher's", "KL", "overlap@8", "tokens"]
+    assert table[2].split()[1:] == ["-", "-", "-", "-", "0"]  # plain text has no responses
+
+
 def test_evaluate_scores_tasks(ddk, run_dir, exported, tmp_path):
     rows = [
         {"query": "a cat", "choices": ["runs", "zzz", "jumps"], "gold": i % 3} for i in range(7)

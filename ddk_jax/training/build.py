@@ -71,7 +71,12 @@ from ddk_jax.training.state import (
     place_batch,
     state_shardings,
 )
-from ddk_jax.training.step import TrainStep, make_eval_step, make_train_step
+from ddk_jax.training.step import (
+    TrainStep,
+    make_comparison_step,
+    make_eval_step,
+    make_train_step,
+)
 from ddk_jax.training.terms import make_objective
 
 
@@ -528,6 +533,31 @@ class Job:
     def measure(self, decoder: Decoder, params: Any) -> DomainNats:
         """Nats per token of a model on the validation rows of every domain."""
         return self._measure((decoder,), np.ones((len(self.domains), 1)), (params,))
+
+    def compare(
+        self,
+        student: Decoder,
+        student_params: Any,
+        teacher: Decoder,
+        teacher_params: Any,
+        terms: Objective,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Sums and counts of every term between two models on the validation rows, [K, D] each."""
+        loss = MicroLoss(
+            student=student,
+            teachers=Teachers((teacher,), np.ones((len(self.domains), 1))),
+            objective=terms,
+            plan=self._plan(max(student.spec.vocab_size, teacher.spec.vocab_size)),
+            mesh=self.mesh,
+        )
+        step = make_comparison_step(loss, num_domains=len(self.domains))
+        params, frozen = {"student": student_params, "objective": {}}, Frozen((teacher_params,))
+        total, count = np.zeros((2, len(terms), len(self.domains)))
+        for host in self._validation_rows():
+            sums = jax.device_get(step(params, frozen, self._validation_batch(host, None)))
+            total += sums.total
+            count += sums.count
+        return total, count
 
     def _measure(
         self,

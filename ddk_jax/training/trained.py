@@ -16,6 +16,7 @@ from ddk_jax.config import Config, DataConfig, EvalConfig, MeshConfig, load_conf
 from ddk_jax.data.shards import TOKENIZER
 from ddk_jax.data.tokenize import Tokenizer, same_tokens
 from ddk_jax.errors import UserError
+from ddk_jax.losses.objective import Roles, make_term
 from ddk_jax.models.decoder import Decoder
 from ddk_jax.tasks.examples import read_tasks
 from ddk_jax.tasks.scores import TaskScore, score_tasks
@@ -57,6 +58,22 @@ class Measurement:
     """exp(nats)."""
     tokens: Int64[np.ndarray, "D"]
     """Predicted tokens that the means are over."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """How a model stands to its teacher on the validation text of every domain."""
+
+    model: str
+    teacher: str
+    data: str
+    roles: Roles
+    """Tokens that the means are over."""
+    domains: tuple[str, ...]
+    terms: dict[str, Float64[np.ndarray, "D"]]
+    """Means over tokens: `cross_entropy` and `teacher_cross_entropy` on the labels, `forward_kl`,
+    all in nats; `top_k_overlap`, the share of the teacher's 8 largest logits among the model's."""
+    tokens: Int64[np.ndarray, "D"]
 
 
 def is_run(directory: Path) -> bool:
@@ -120,20 +137,7 @@ def measure_model(path: str, *, data: str = "", rows: int = 500, seq_len: int = 
       UserError: see `open_model`; also no data, data of another tokenizer, or rows too long.
     """
     model = open_model(path)
-    run = model.config
-    if not data and run is None:
-        raise UserError(f"{path} is a model directory: name prepared data with --data")
-    data = data or (run.data.dir if run else "")
-    seq_len = _row_length(path, model, seq_len)
-    batch = math.lcm(8, jax.device_count())
-    job = Job(
-        Config(
-            data=DataConfig(dir=data, seq_len=seq_len),
-            evaluation=EvalConfig(rows_per_domain=rows, batch_rows=batch),
-            mesh=_MESH,
-        )
-    )
-    _check_tokens(path, model, job)
+    job = _measuring_job(path, model, data=data, rows=rows, seq_len=seq_len)
     result = job.measure(model.decoder, model.params)
     splits = [domain.validation for domain in job.manifest.domains]
     tokens_per_byte = np.array([split.tokens / max(split.bytes, 1) for split in splits])
@@ -141,12 +145,53 @@ def measure_model(path: str, *, data: str = "", rows: int = 500, seq_len: int = 
         perplexity = np.exp(result.nats)
     return Measurement(
         model=path,
-        data=data,
+        data=job.config.data.dir,
         domains=job.domains,
         nats=result.nats,
         bits_per_byte=result.nats / math.log(2) * tokens_per_byte,
         perplexity=perplexity,
         tokens=result.tokens.astype(np.int64),
+    )
+
+
+def compare_models(
+    path: str,
+    teacher: str,
+    *,
+    data: str = "",
+    rows: int = 500,
+    seq_len: int = 0,
+    roles: Roles = "all",
+) -> Comparison:
+    """Measure how a model stands to a teacher.
+
+    Args:
+      path: as for `open_model`.
+      teacher: likewise.
+      data: as for `measure_model`.
+      rows: likewise.
+      seq_len: likewise.
+      roles: tokens that count.
+
+    Raises:
+      UserError: see `measure_model`; of both models.
+    """
+    model, other = open_model(path), open_model(teacher)
+    job = _measuring_job(path, model, data=data, rows=rows, seq_len=seq_len)
+    _check_tokens(teacher, other, job)
+    names = ("cross_entropy", "teacher_cross_entropy", "forward_kl", "top_k_overlap")
+    objective = tuple(make_term(name, roles=roles) for name in names)
+    total, count = job.compare(model.decoder, model.params, other.decoder, other.params, objective)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        means = total / count
+    return Comparison(
+        model=path,
+        teacher=teacher,
+        data=job.config.data.dir,
+        roles=roles,
+        domains=job.domains,
+        terms=dict(zip(names, means, strict=True)),
+        tokens=count[0].astype(np.int64),
     )
 
 
@@ -179,6 +224,25 @@ def score_model(
     return score_tasks(
         model.decoder, model.params, tokenizer, wanted, mesh=mesh, max_tokens=seq_len
     )
+
+
+def _measuring_job(path: str, model: TrainedModel, *, data: str, rows: int, seq_len: int) -> Job:
+    """What measures a model on prepared data."""
+    run = model.config
+    if not data and run is None:
+        raise UserError(f"{path} is a model directory: name prepared data with --data")
+    job = Job(
+        Config(
+            data=DataConfig(
+                dir=data or (run.data.dir if run else ""),
+                seq_len=_row_length(path, model, seq_len),
+            ),
+            evaluation=EvalConfig(rows_per_domain=rows, batch_rows=math.lcm(8, jax.device_count())),
+            mesh=_MESH,
+        )
+    )
+    _check_tokens(path, model, job)
+    return job
 
 
 def _row_length(path: str, model: TrainedModel, seq_len: int) -> int:
