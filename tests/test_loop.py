@@ -24,7 +24,7 @@ from ddk_jax.errors import DataError, DivergedError, RunHeldError, UserError
 from ddk_jax.models import hf
 from ddk_jax.training.build import Job
 from ddk_jax.training.checkpoint import read_latest
-from ddk_jax.training.evaluate import DomainNats
+from ddk_jax.training.evaluate import DomainNats, Validation
 from ddk_jax.training.lease import RunLease
 from ddk_jax.training.loop import train
 from ddk_jax.training.metrics import read_metrics
@@ -269,13 +269,13 @@ def test_the_teacher_is_measured_once_for_all_runs(
     shutil.copytree(tiny_root / "data", tmp_path / "data")
     shutil.rmtree(tmp_path / "data" / "teacher_nats", ignore_errors=True)
     measured: list[int] = []
-    original = Job._measure
+    original = Validation.nats
 
-    def counting(job: Job, decoders: Any, weights: Any, params: Any) -> DomainNats:
-        measured.append(decoders[0].spec.hidden_size)
-        return original(job, decoders, weights, params)
+    def counting(validation: Validation, models: Any, *args: Any, **options: Any) -> DomainNats:
+        measured.append(models.models[0].spec.hidden_size)
+        return original(validation, models, *args, **options)
 
-    monkeypatch.setattr(Job, "_measure", counting)
+    monkeypatch.setattr(Validation, "nats", counting)
     # Ends with its first measurement: the discrepancy is under this.
     changes = {"data.dir": str(tmp_path / "data"), "train.stop_discrepancy": 100.0}
     summaries = [

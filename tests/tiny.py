@@ -31,6 +31,7 @@ from ddk_jax.models.decoder import Decoder
 from ddk_jax.models.spec import ModelSpec
 from ddk_jax.parallel.mesh import make_mesh
 from ddk_jax.training import build as build_module
+from ddk_jax.training import evaluate as evaluate_module
 from ddk_jax.training.build import Job
 from ddk_jax.training.checkpoint import read_latest
 from ddk_jax.training.loop import RunSummary, train
@@ -244,7 +245,7 @@ def quick_programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         return _train_steps[key]
 
     monkeypatch.setattr(Job, "train_step", shared)
-    monkeypatch.setattr(build_module, "make_eval_step", _eval_step)
+    monkeypatch.setattr(evaluate_module, "make_eval_step", _eval_step)
     jax.config.update("jax_disable_most_optimizations", True)
     try:
         yield

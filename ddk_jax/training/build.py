@@ -29,13 +29,7 @@ from ddk_jax.config import (
 )
 from ddk_jax.data.pipeline import MixturePipeline
 from ddk_jax.data.retokenise import Retokeniser, teacher_length
-from ddk_jax.data.rows import (
-    DomainRows,
-    HostBatch,
-    open_rows,
-    predicted_tokens,
-    validation_batches,
-)
+from ddk_jax.data.rows import DomainRows, HostBatch, open_rows
 from ddk_jax.data.shards import Manifest, read_manifest
 from ddk_jax.data.tokenize import Tokenizer, same_tokens
 from ddk_jax.errors import DataError, UserError
@@ -61,7 +55,7 @@ from ddk_jax.parallel.mesh import (
     replicated,
 )
 from ddk_jax.training.checkpoint import read_latest
-from ddk_jax.training.evaluate import DomainNats, cached, measure
+from ddk_jax.training.evaluate import DomainNats, Validation, cached
 from ddk_jax.training.micro import Frozen, MicroLoss, Teachers
 from ddk_jax.training.optimizer import make_optimizer
 from ddk_jax.training.state import (
@@ -71,12 +65,7 @@ from ddk_jax.training.state import (
     place_batch,
     state_shardings,
 )
-from ddk_jax.training.step import (
-    TrainStep,
-    make_comparison_step,
-    make_eval_step,
-    make_train_step,
-)
+from ddk_jax.training.step import TrainStep, make_train_step
 from ddk_jax.training.terms import make_objective
 
 
@@ -294,6 +283,11 @@ class Job:
         return weights
 
     @property
+    def teacher_models(self) -> Teachers:
+        """The teachers without their parameters."""
+        return Teachers(tuple(t.decoder for t in self.teachers), self.teacher_weights)
+
+    @property
     def teacher_params(self) -> tuple[Any, ...]:
         """Their parameters, as the train step takes them."""
         return tuple(t.params for t in self.teachers)
@@ -473,10 +467,9 @@ class Job:
 
     def train_step(self) -> TrainStep:
         """The jitted train step."""
-        decoders = tuple(teacher.decoder for teacher in self.teachers)
         loss = MicroLoss(
             student=self.student,
-            teachers=Teachers(decoders, self.teacher_weights) if decoders else None,
+            teachers=self.teacher_models if self.teachers else None,
             objective=self.objective,
             plan=self.plan,
             mesh=self.mesh,
@@ -530,56 +523,22 @@ class Job:
         """A host batch on the devices, cut into micro-batches."""
         return place_batch(self.mesh, self.micro_rows, *host)
 
+    @cached_property
+    def validation(self) -> Validation:
+        """What models are measured on."""
+        config = self.config
+        return Validation(
+            rows=open_rows(resolve_path(config.data.dir), "validation", config.data.seq_len),
+            rows_per_domain=config.evaluation.rows_per_domain,
+            batch_rows=config.evaluation.batch_rows,
+            mesh=self.mesh,
+            plan=self._plan,
+        )
+
     def measure(self, decoder: Decoder, params: Any) -> DomainNats:
         """Nats per token of a model on the validation rows of every domain."""
-        return self._measure((decoder,), np.ones((len(self.domains), 1)), (params,))
-
-    def compare(
-        self,
-        student: Decoder,
-        student_params: Any,
-        teacher: Decoder,
-        teacher_params: Any,
-        terms: Objective,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Sums and counts of every term between two models on the validation rows, [K, D] each."""
-        loss = MicroLoss(
-            student=student,
-            teachers=Teachers((teacher,), np.ones((len(self.domains), 1))),
-            objective=terms,
-            plan=self._plan(max(student.spec.vocab_size, teacher.spec.vocab_size)),
-            mesh=self.mesh,
-        )
-        step = make_comparison_step(loss, num_domains=len(self.domains))
-        params, frozen = {"student": student_params, "objective": {}}, Frozen((teacher_params,))
-        total, count = np.zeros((2, len(terms), len(self.domains)))
-        for host in self._validation_rows():
-            sums = jax.device_get(step(params, frozen, self._validation_batch(host, None)))
-            total += sums.total
-            count += sums.count
-        return total, count
-
-    def _measure(
-        self,
-        decoders: tuple[Decoder, ...],
-        weights: np.ndarray,
-        params: tuple[Any, ...],
-        rows: Retokeniser | None = None,
-    ) -> DomainNats:
-        step = self._eval_steps.get(decoders)
-        if step is None:
-            plan = self._plan(max(decoder.spec.vocab_size for decoder in decoders))
-            if rows is not None:  # models in the teacher's tokens
-                plan = replace(plan, vocab_size=rows.theirs.vocab_size, teacher_vocab_size=0)
-            step = self._eval_steps[decoders] = make_eval_step(
-                Teachers(decoders, weights), self.mesh, num_domains=len(self.domains), plan=plan
-            )
-        batches = (self._validation_batch(host, rows) for host in self._validation_rows())
-        return measure(step, params, batches, len(self.domains))
-
-    @cached_property
-    def _eval_steps(self) -> dict[tuple[Decoder, ...], Any]:
-        return {}
+        alone = Teachers((decoder,), np.ones((len(self.domains), 1)))
+        return self.validation.nats(alone, (params,))
 
     def teacher_nats(self) -> DomainNats | None:
         """The teachers' (of their mixture), measured once for all runs over the same data."""
@@ -600,16 +559,8 @@ class Job:
         return cached(directory, key, self._measured_teachers)
 
     def _measured_teachers(self) -> DomainNats:
-        decoders = tuple(teacher.decoder for teacher in self.teachers)
-        models = decoders, self.teacher_weights, self.teacher_params
-        if self.retokeniser is None:
-            return self._measure(*models)
-        theirs = self._measure(*models, rows=self.retokeniser)
-        # All nats of a text, over the student's tokens of that text: the two can be compared.
-        ours = np.zeros(len(self.domains))
-        for host in self._validation_rows():
-            ours += predicted_tokens(host, len(self.domains))
-        return DomainNats(theirs.nats * theirs.tokens / ours, ours)
+        models = self.teacher_models, self.teacher_params
+        return self.validation.nats(*models, tokens=self.retokeniser)
 
     @property
     def teachers_digest(self) -> str:
@@ -620,20 +571,6 @@ class Job:
         mixed = [[t.digest for t in teachers], self.teacher_weights.tolist()]
         mixed.append([self.config.teacher.by_confidence])
         return hashlib.sha256(repr(mixed).encode()).hexdigest()
-
-    def _validation_rows(self) -> Iterator[HostBatch]:
-        config = self.config
-        domains = open_rows(resolve_path(config.data.dir), "validation", config.data.seq_len)
-        for rows in domains:
-            count = config.evaluation.rows_per_domain
-            yield from validation_batches(rows, count, config.evaluation.batch_rows)
-
-    def _validation_batch(self, host: HostBatch, rows: Retokeniser | None) -> Batch:
-        """On the devices; in the teacher's tokens, if `rows` makes them."""
-        if rows is not None and (made := rows(host).teacher) is not None:
-            role = np.minimum(made.segment_ids, 1)
-            host = HostBatch(made.tokens, made.segment_ids, role, host.domain)
-        return place_batch(self.mesh, self.config.evaluation.batch_rows, *host)
 
     def _check_divides(self, rows: int, field: str) -> None:
         shards = data_shards(self.mesh)

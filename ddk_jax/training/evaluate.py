@@ -6,16 +6,25 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float64
 
-from ddk_jax.training.state import Batch
-from ddk_jax.training.step import EvalStep
+from ddk_jax.data.retokenise import Retokeniser
+from ddk_jax.data.rows import DomainRows, HostBatch, predicted_tokens, validation_batches
+from ddk_jax.losses.chunked import ChunkPlan
+from ddk_jax.losses.objective import Objective
+from ddk_jax.models.decoder import Decoder
+from ddk_jax.training.micro import Frozen, MicroLoss, Teachers
+from ddk_jax.training.state import Batch, place_batch
+from ddk_jax.training.step import EvalStep, make_comparison_step, make_eval_step
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +48,91 @@ def measure(step: EvalStep, params: Any, batches: Iterable[Batch], num_domains: 
     nats = np.full(num_domains, np.nan)
     np.divide(total, count, out=nats, where=count > 0)
     return DomainNats(nats, count)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """The validation rows of every domain, and what models make of them."""
+
+    rows: Sequence[DomainRows]
+    rows_per_domain: int
+    """Rows that are taken of each domain; 0: all."""
+    batch_rows: int
+    mesh: Mesh
+    plan: Callable[[int], ChunkPlan]
+    """How the losses of models with so many columns are computed."""
+
+    def nats(
+        self, models: Teachers, params: tuple[Any, ...], tokens: Retokeniser | None = None
+    ) -> DomainNats:
+        """Mean cross-entropy of a model, or of a mixture, on the labels of every domain.
+
+        Args:
+          models: one or several.
+          params: of every one.
+          tokens: makes the rows of a model with tokens of its own. All its nats of a text are then
+            divided by the tokens of ours, so that the result compares with that of other models.
+        """
+        batches = (self._placed(host, tokens) for host in self._batches())
+        found = measure(self._step(models, params, tokens), params, batches, len(self.rows))
+        if tokens is None:
+            return found
+        ours = np.zeros(len(self.rows))
+        for host in self._batches():
+            ours += predicted_tokens(host, len(self.rows))
+        return DomainNats(found.nats * found.tokens / ours, ours)
+
+    def compare(
+        self,
+        student: Decoder,
+        student_params: Any,
+        teacher: Decoder,
+        teacher_params: Any,
+        terms: Objective,
+    ) -> tuple[Float64[np.ndarray, "K D"], Float64[np.ndarray, "K D"]]:
+        """Sums and counts of every term between two models."""
+        loss = MicroLoss(
+            student=student,
+            teachers=Teachers((teacher,), np.ones((len(self.rows), 1))),
+            objective=terms,
+            plan=self.plan(max(student.spec.vocab_size, teacher.spec.vocab_size)),
+            mesh=self.mesh,
+        )
+        step = make_comparison_step(loss, num_domains=len(self.rows))
+        params, frozen = {"student": student_params, "objective": {}}, Frozen((teacher_params,))
+        total, count = np.zeros((2, len(terms), len(self.rows)))
+        for host in self._batches():
+            sums = jax.device_get(step(params, frozen, self._placed(host, None)))
+            total += sums.total
+            count += sums.count
+        return total, count
+
+    def _batches(self) -> Iterator[HostBatch]:
+        for rows in self.rows:
+            yield from validation_batches(rows, self.rows_per_domain, self.batch_rows)
+
+    def _placed(self, host: HostBatch, tokens: Retokeniser | None) -> Batch:
+        if tokens is not None and (made := tokens(host).teacher) is not None:
+            role = np.minimum(made.segment_ids, 1)
+            host = HostBatch(made.tokens, made.segment_ids, role, host.domain)
+        return place_batch(self.mesh, self.batch_rows, *host)
+
+    def _step(
+        self, models: Teachers, params: tuple[Any, ...], tokens: Retokeniser | None
+    ) -> EvalStep:
+        if models.models not in self._steps:
+            heads = [jax.eval_shape(m.head, p) for m, p in zip(models.models, params, strict=True)]
+            plan = self.plan(max(head.shape[1] for head in heads))
+            if tokens is not None:
+                plan = replace(plan, vocab_size=tokens.theirs.vocab_size, teacher_vocab_size=0)
+            self._steps[models.models] = make_eval_step(
+                models, self.mesh, num_domains=len(self.rows), plan=plan
+            )
+        return self._steps[models.models]
+
+    @cached_property
+    def _steps(self) -> dict[tuple[Any, ...], EvalStep]:
+        return {}
 
 
 def cached(directory: Path, key: dict[str, Any], compute: Callable[[], DomainNats]) -> DomainNats:

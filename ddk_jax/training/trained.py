@@ -181,7 +181,9 @@ def compare_models(
     _check_tokens(teacher, other, job)
     names = ("cross_entropy", "teacher_cross_entropy", "forward_kl", "top_k_overlap")
     objective = tuple(make_term(name, roles=roles) for name in names)
-    total, count = job.compare(model.decoder, model.params, other.decoder, other.params, objective)
+    total, count = job.validation.compare(
+        model.decoder, model.params, other.decoder, other.params, objective
+    )
     with np.errstate(divide="ignore", invalid="ignore"):
         means = total / count
     return Comparison(
