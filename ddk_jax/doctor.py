@@ -199,7 +199,7 @@ def _tokenizers(job: Job) -> Check:
 def _models(job: Job) -> Check:
     """What `ddk train` refuses before it starts."""
     job.check()
-    models = [("student", job.student.spec), *(("teacher", spec) for spec in job.teacher_specs)]
+    models = [("student", job.student.spec), *(("teacher", spec) for spec in job.teachers.specs)]
     said = [f"{who} of {spec.num_parameters:,} parameters" for who, spec in models]
     return Check("models", True, ", ".join(said), "")
 
@@ -213,11 +213,11 @@ def _memory_estimate(job: Job) -> Check:
     student = job.student.spec
     shards = job.mesh.shape["fsdp"] * job.mesh.shape["tensor"]
     parts = {"student and optimizer": _TRAINING_BYTES * student.num_parameters / shards}
-    if job.teacher_specs:
-        itemsize = jnp.dtype(job.teacher_dtype).itemsize
-        parameters = sum(spec.num_parameters for spec in job.teacher_specs)
+    if job.teachers.specs:
+        itemsize = jnp.dtype(job.teachers.dtype).itemsize
+        parameters = sum(spec.num_parameters for spec in job.teachers.specs)
         parts["teacher"] = itemsize * parameters / shards
-    copies = 2 + len(job.teacher_specs) * needs_teacher(job.objective)
+    copies = 2 + len(job.teachers.specs) * needs_teacher(job.objective)
     parts["one chunk of logits"] = copies * 4 * job.plan.tokens * student.vocab_size
     total = sum(parts.values())
     limit = _device_memory() or _host_memory() / jax.local_device_count()

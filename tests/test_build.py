@@ -19,7 +19,8 @@ from ddk_jax.errors import DataError, StorageError, UserError
 from ddk_jax.losses.objective import check_terms, term_factors
 from ddk_jax.mixture.controllers import DDK, DDKWithoutSmoothing, Static
 from ddk_jax.models import hf
-from ddk_jax.training.build import Job, compute_dtype, make_controller
+from ddk_jax.training.build import Job, make_controller
+from ddk_jax.training.loaded import compute_dtype
 from ddk_jax.training.terms import make_objective
 
 
@@ -116,7 +117,7 @@ def test_the_compute_type_on_the_cpu() -> None:
 )
 def test_types_of_the_models(tiny_root: Path, compute: str, held: str, expected: str) -> None:
     made = job(tiny_root, **{"run.compute_dtype": compute, "teacher.dtype": held})
-    (teacher,) = made.teachers
+    (teacher,) = made.teachers.loaded
     assert {leaf.dtype.name for leaf in jax.tree.leaves(teacher.params)} == {expected}
     assert teacher.decoder.dtype == made.student.dtype == jnp.dtype(compute)
     abstract = made.abstract_state().params["student"]

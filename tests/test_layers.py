@@ -60,7 +60,7 @@ LAYERS: list[list[list[str]]] = [
         ["models.hf", "models.generate"],
         ["tasks"],
     ],
-    [["training.build"]],
+    [["training.loaded", "training.build"]],
     [["training.loop"], ["training.trained"], ["analysis"]],
     [["training.export", "card"]],
     [["doctor", "inspection"], ["quickstart"]],

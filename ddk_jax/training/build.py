@@ -13,7 +13,6 @@ from functools import cached_property
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -21,8 +20,6 @@ from jaxtyping import Array
 
 from ddk_jax.config import (
     Config,
-    OtherTeacherConfig,
-    TeacherConfig,
     load_config,
     resolve_path,
     suggest,
@@ -31,14 +28,12 @@ from ddk_jax.data.pipeline import MixturePipeline
 from ddk_jax.data.retokenise import Retokeniser, teacher_length
 from ddk_jax.data.rows import DomainRows, HostBatch, open_rows
 from ddk_jax.data.shards import Manifest, read_manifest
-from ddk_jax.data.tokenize import Tokenizer, same_tokens
 from ddk_jax.errors import DataError, UserError
 from ddk_jax.losses.chunked import ChunkPlan, chunk_tokens
 from ddk_jax.losses.objective import (
     Objective,
     WeightedTerm,
     check_terms,
-    crosses_vocabularies,
     needs_teacher,
 )
 from ddk_jax.losses.state_terms import Shape, StateTerm
@@ -46,16 +41,15 @@ from ddk_jax.mixture.controllers import CONTROLLERS, Controller, Static
 from ddk_jax.mixture.gaps import GAPS
 from ddk_jax.models import families, hf
 from ddk_jax.models.decoder import Decoder
-from ddk_jax.models.spec import ModelSpec
 from ddk_jax.parallel.mesh import (
     VOCAB_AXIS,
     data_shards,
     make_mesh,
-    param_shardings,
     replicated,
 )
 from ddk_jax.training.checkpoint import read_latest
 from ddk_jax.training.evaluate import DomainNats, Validation, cached
+from ddk_jax.training.loaded import TeacherSet, check_tokens, compute_dtype, data_tokenizer
 from ddk_jax.training.micro import Frozen, MicroLoss, Teachers
 from ddk_jax.training.optimizer import make_optimizer
 from ddk_jax.training.state import (
@@ -67,13 +61,6 @@ from ddk_jax.training.state import (
 )
 from ddk_jax.training.step import TrainStep, make_train_step
 from ddk_jax.training.terms import make_objective
-
-
-def compute_dtype(name: str) -> Any:
-    """The jax type for `auto`, `float32` or `bfloat16`; `auto` is float32 on CPU only."""
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(name)
 
 
 def make_controller(config: Config) -> Controller:
@@ -98,33 +85,6 @@ def make_controller(config: Config) -> Controller:
     return CONTROLLERS[mixture.controller](
         gap=mixture.gap, alpha=mixture.alpha, warmup_intervals=mixture.warmup_intervals
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """A model with its parameters on the mesh."""
-
-    decoder: Decoder
-    params: Any
-    digest: str
-    """Identifies the files that it was read from."""
-
-
-def load_model(path: str, mesh: Mesh, *, dtype: Any, params_dtype: Any) -> Loaded:
-    """Read a Hugging Face model directory onto the mesh.
-
-    Args:
-      path: the directory; `assets:NAME` is one shipped in the package.
-      mesh: where to.
-      dtype: type of the activations.
-      params_dtype: type that the parameters are held in.
-    """
-    directory = resolve_path(path)
-    spec = hf.read_spec(directory)
-    decoder = Decoder(spec=spec, dtype=dtype)
-    shardings = param_shardings(mesh, decoder.logical_axes(), decoder.abstract())
-    params = hf.load(directory, spec=spec, dtype=params_dtype, shardings=shardings)
-    return Loaded(decoder=decoder, params=params, digest=hf.file_digest(directory))
 
 
 @contextmanager
@@ -211,94 +171,25 @@ class Job:
         return open_rows(resolve_path(self.config.data.dir), "train", self.config.data.seq_len)
 
     @cached_property
-    def teachers(self) -> tuple[Loaded, ...]:
-        """The teachers that the config names; their tokenizer must be the data's."""
-        _ = self.teacher_specs  # refuse a wrong one before reading the weights of the others
-        dtypes = {"dtype": self.dtype, "params_dtype": self.teacher_dtype}
-        return tuple(load_model(t.path, self.mesh, **dtypes) for t in self._teacher_configs)
-
-    @property
-    def _teacher_configs(self) -> tuple[TeacherConfig | OtherTeacherConfig, ...]:
-        teacher = self.config.teacher
-        return (teacher, *teacher.others) if teacher.path else ()
-
-    @cached_property
-    def teacher_dtype(self) -> Any:
-        """Type that the teachers' parameters are held in."""
-        name = self.config.teacher.dtype
-        return self.dtype if name == "auto" else compute_dtype(name)
-
-    @cached_property
-    def teacher_specs(self) -> tuple[ModelSpec, ...]:
-        """The teachers' shapes; cheap, for their weights are not read."""
-        specs = []
-        for teacher in self._teacher_configs:
-            specs.append(hf.read_spec(resolve_path(teacher.path)))
-            self._check_tokens(teacher.path, "teacher", specs[-1])
-        return tuple(specs)
-
-    @cached_property
-    def _may_differ(self) -> bool:
-        """Whether the objective takes a teacher with another vocabulary."""
-        objective = make_objective(self.config.objective.terms)
-        return crosses_vocabularies(objective) and not self.config.teacher.others
-
-    @cached_property
-    def teacher_tokenizer(self) -> Tokenizer | None:
-        """The teacher's, if its tokens are not the data's."""
-        if not self.teacher_specs or not self._may_differ:
-            return None
-        directory = resolve_path(self.config.teacher.path)
-        if not (directory / "tokenizer.json").is_file():
-            return None
-        theirs = Tokenizer(directory)
-        return theirs if same_tokens(theirs, self._tokenizer) else None
-
-    @property
-    def _tokenizer(self) -> Tokenizer:
-        return Tokenizer(resolve_path(self.config.data.dir) / "tokenizer")
+    def teachers(self) -> TeacherSet:
+        """The teachers that the config names."""
+        return TeacherSet(self.config, self.mesh, self.manifest, self.dtype)
 
     @cached_property
     def retokeniser(self) -> Retokeniser | None:
         """What cuts the rows into the teacher's tokens, if those are not the data's."""
-        theirs, ours = self.teacher_tokenizer, self._tokenizer
+        ours, theirs = data_tokenizer(self.config), self.teachers.tokenizer
         if theirs is None:
             return None
         return Retokeniser(ours, theirs, teacher_length(self.train_rows, ours, theirs))
 
     @cached_property
-    def teacher_weights(self) -> np.ndarray:
-        """Weight of every teacher in every domain, float64 [D, M]."""
-        for teacher in self._teacher_configs:
-            for name in teacher.domains.keys() - set(self.domains):
-                raise UserError(
-                    f"teacher {teacher.path}: unknown domain {name}: {suggest(name, self.domains)}"
-                )
-        teachers = self._teacher_configs
-        by_domain = [[t.domains.get(d, t.weight) for t in teachers] for d in self.domains]
-        weights = np.array(by_domain, np.float64)
-        for domain, total in zip(self.domains, weights.sum(axis=1), strict=True):
-            if teachers and not total > 0:
-                raise UserError(f"domain {domain}: no teacher has a weight there")
-        return weights
-
-    @property
-    def teacher_models(self) -> Teachers:
-        """The teachers without their parameters."""
-        return Teachers(tuple(t.decoder for t in self.teachers), self.teacher_weights)
-
-    @property
-    def teacher_params(self) -> tuple[Any, ...]:
-        """Their parameters, as the train step takes them."""
-        return tuple(t.params for t in self.teachers)
-
-    @cached_property
     def student(self) -> Decoder:
         """The student's decoder."""
-        config, teachers = self.config.student, self.teacher_specs
+        config, teachers = self.config.student, self.teachers
         if config.path:
             spec = hf.read_spec(resolve_path(config.path))
-            self._check_tokens(config.path, "student", spec)
+            check_tokens(self.config, self.manifest, config.path, "student", spec)
         else:
             spec = config.spec
             for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_size"):
@@ -308,8 +199,8 @@ class Job:
                         "student.path to a model directory"
                     )
             size = self.manifest.tokenizer.vocab_size
-            if teachers and self.teacher_tokenizer is None:
-                size = teachers[0].vocab_size
+            if teachers.specs and teachers.tokenizer is None:
+                size = teachers.specs[0].vocab_size
             spec = replace(spec, vocab_size=spec.vocab_size or size)
             families.config_from_spec(spec)  # refuse now what could not be exported later
         if spec.vocab_size < self.manifest.tokenizer.vocab_size:
@@ -341,7 +232,7 @@ class Job:
     def _shapes(self) -> tuple[Shape, Shape]:
         """Of the student and of the (first) teacher, as terms on inner states see them."""
         ours = self.student.spec
-        first, *others = self.teacher_specs or (ours,)
+        first, *others = self.teachers.specs or (ours,)
         if others:
             raise UserError("objective.terms: inner states are compared with one teacher only")
         student, teacher = (Shape(s.num_layers, s.hidden_size) for s in (ours, first))
@@ -420,7 +311,7 @@ class Job:
         if config.train.stop_discrepancy and not config.teacher.path:
             raise UserError("train.stop_discrepancy compares with a teacher: set teacher.path")
         _ = self.objective, self.controller, self.micro_rows, self.student, self.train_rows
-        _ = self.teacher_weights
+        _ = self.teachers.weights
         with _said_of("objective.terms"):
             check_terms(self.objective, self.manifest.tokenizer.vocab_size)
 
@@ -469,7 +360,7 @@ class Job:
         """The jitted train step."""
         loss = MicroLoss(
             student=self.student,
-            teachers=self.teacher_models if self.teachers else None,
+            teachers=self.teachers.models if self.teachers.loaded else None,
             objective=self.objective,
             plan=self.plan,
             mesh=self.mesh,
@@ -487,17 +378,17 @@ class Job:
     @property
     def frozen(self) -> Frozen:
         """What the train step reads and does not change."""
-        return Frozen(self.teacher_params, self.frozen_objective)
+        return Frozen(self.teachers.params, self.frozen_objective)
 
     @cached_property
     def plan(self) -> ChunkPlan:
         """How the train step computes heads and losses."""
-        specs = (self.student.spec, *self.teacher_specs)
+        specs = (self.student.spec, *self.teachers.specs)
         return self._plan(max(spec.vocab_size for spec in specs))
 
     def _plan(self, columns: int) -> ChunkPlan:
         """How heads of so many columns, and the losses, are computed."""
-        budget, theirs = self.config.objective.logits_mib, self.teacher_tokenizer
+        budget, theirs = self.config.objective.logits_mib, self.teachers.tokenizer
         return ChunkPlan(
             tokens=chunk_tokens(budget, columns, self.mesh.shape[VOCAB_AXIS]),
             vocab_size=self.manifest.tokenizer.vocab_size,
@@ -543,67 +434,28 @@ class Job:
     def teacher_nats(self) -> DomainNats | None:
         """The teachers' (of their mixture), measured once for all runs over the same data."""
         config = self.config
-        if not self.teachers:
+        if not self.teachers.loaded:
             return None
         validation = [domain.validation.files for domain in self.manifest.domains]
         key = {
-            "teacher": self.teachers_digest,
+            "teacher": self.teachers.digest,
             "validation": hashlib.sha256(
                 repr([sorted(f.items()) for f in validation]).encode()
             ).hexdigest(),
             "seq_len": config.data.seq_len,
             "rows_per_domain": config.evaluation.rows_per_domain,
-            "dtype": [str(self.dtype), str(self.teacher_dtype)],
+            "dtype": [str(self.dtype), str(self.teachers.dtype)],
         }
         directory = resolve_path(config.data.dir) / "teacher_nats"
         return cached(directory, key, self._measured_teachers)
 
     def _measured_teachers(self) -> DomainNats:
-        models = self.teacher_models, self.teacher_params
-        return self.validation.nats(*models, tokens=self.retokeniser)
-
-    @property
-    def teachers_digest(self) -> str:
-        """Identifies the teachers' files and how they are mixed."""
-        teachers = self.teachers
-        if len(teachers) == 1:
-            return teachers[0].digest
-        mixed = [[t.digest for t in teachers], self.teacher_weights.tolist()]
-        mixed.append([self.config.teacher.by_confidence])
-        return hashlib.sha256(repr(mixed).encode()).hexdigest()
+        models, params = self.teachers.models, self.teachers.params
+        return self.validation.nats(models, params, tokens=self.retokeniser)
 
     def _check_divides(self, rows: int, field: str) -> None:
         shards = data_shards(self.mesh)
         if rows % shards:
             raise UserError(
                 f"{field} = {rows}: must be a multiple of the {shards} devices that share the rows"
-            )
-
-    def _check_tokens(self, path: str, who: str, spec: ModelSpec) -> None:
-        """Refuse a model whose tokenizer gives other ids than the data's.
-
-        A teacher may have another one if all terms that need it compare across vocabularies.
-        """
-        tokens = self.manifest.tokenizer.vocab_size  # first of all: is there any data?
-        directory = resolve_path(path)
-        if (directory / "tokenizer.json").is_file():
-            data = Tokenizer(resolve_path(self.config.data.dir) / "tokenizer")
-            if differences := same_tokens(Tokenizer(directory), data):
-                if who == "teacher" and self._may_differ:
-                    return
-                hint = "; `uld` alone compares across vocabularies" if who == "teacher" else ""
-                raise UserError(
-                    f"the {who}'s tokenizer ({path}) is not the data's "
-                    f"({self.config.data.dir}/tokenizer): {'; '.join(differences)}{hint}"
-                )
-        elif spec.vocab_size > tokens:
-            raise UserError(
-                f"the {who} ({path}) has {spec.vocab_size} embeddings and no tokenizer.json, the "
-                f"data's tokenizer has {tokens} tokens: put the {who}'s tokenizer.json beside its "
-                "weights, so that the two can be compared"
-            )
-        if spec.vocab_size < tokens:
-            raise UserError(
-                f"the {who} ({path}) has {spec.vocab_size} embeddings, the data's tokenizer "
-                f"{tokens} tokens: prepare the data with its tokenizer"
             )

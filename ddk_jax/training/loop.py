@@ -307,7 +307,9 @@ class _Run:
     def _inputs(self) -> dict[str, str]:
         """Digests of what the run learns from; a change would go unnoticed in the config."""
         data = {"data.dir": self.job.manifest.inputs_digest}
-        return data | ({"teacher.path": self.job.teachers_digest} if self.job.teachers else {})
+        return data | (
+            {"teacher.path": self.job.teachers.digest} if self.job.teachers.loaded else {}
+        )
 
     def _restore_host(self, host: dict[str, Any]) -> None:
         then, now = host["inputs"], self._inputs()

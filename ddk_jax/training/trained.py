@@ -20,8 +20,9 @@ from ddk_jax.losses.objective import Roles, make_term
 from ddk_jax.models.decoder import Decoder
 from ddk_jax.tasks.examples import read_tasks
 from ddk_jax.tasks.scores import TaskScore, score_tasks
-from ddk_jax.training.build import Job, compute_dtype, load_model
+from ddk_jax.training.build import Job
 from ddk_jax.training.checkpoint import read_latest
+from ddk_jax.training.loaded import compute_dtype, load_model
 
 # Parameters and rows are both cut over all devices: the most memory that there is, for any number.
 _MESH = MeshConfig(data=1, fsdp=-1)
