@@ -408,7 +408,7 @@ def test_micro_batches_keep_the_order_of_the_rows() -> None:
     mesh = make_mesh(2, 2, 2)
     batch = place_batch(mesh, 4, *rows)
     assert batch.tokens.shape == (2, 4, T + 1)
-    for placed, host in zip(batch, rows, strict=True):
+    for placed, host in zip(batch[:4], rows, strict=True):
         assert placed.sharding == NamedSharding(mesh, PartitionSpec(None, ("data", "fsdp")))
         assert placed.dtype == np.int32
         np.testing.assert_array_equal(np.asarray(placed).reshape(host.shape), host)
