@@ -45,7 +45,8 @@ def model_card(
       record: what the run measured.
       has_figure: whether `FIGURE` lies beside the card.
     """
-    teacher = model_name(config.teacher.path) if config.teacher.path else ""
+    teachers = (config.teacher, *config.teacher.others) if config.teacher.path else ()
+    teacher = " and ".join(model_name(teacher.path) for teacher in teachers)
     title = f"Student of {teacher}" if teacher else "Language model"
     made = f"distilled from {teacher}" if teacher else "trained on text alone"
     start = model_name(config.student.path) if config.student.path else "random values"

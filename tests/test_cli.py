@@ -416,6 +416,7 @@ def test_the_model_card(exported, finished, tiny_root):
     for name in tiny.DOMAINS:
         assert f"| {name} |" in card and f"{name}.jsonl | not stated |" in card
     assert "](mixture.png)" in card and (exported / "mixture.png").is_file()
+    assert " mixture.png\n" in (exported / "SHA256SUMS").read_text()
     # A card is published: it does not tell where things were.
     assert str(tiny_root) not in card and str(finished.run_dir) not in card
 

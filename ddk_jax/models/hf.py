@@ -147,6 +147,7 @@ def export(
     dtype: Any = jnp.float32,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     card: str,
+    figures: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a model directory that transformers, vLLM and `load` read.
 
@@ -161,6 +162,7 @@ def export(
       max_shard_bytes: a larger model is split into files of at most this size, except where one
         tensor alone is larger.
       card: text of README.md, the model card.
+      figures: content of files that the card shows, by name.
 
     Raises:
       UserError: the tokenizer does not fit the model, or something else is at `directory`.
@@ -189,6 +191,8 @@ def export(
         known = {key: value for key, value in token_ids.items() if value is not None}
         write_json(partial / "generation_config.json", known)
         (partial / "README.md").write_text(card, encoding="utf-8")
+        for name, content in (figures or {}).items():
+            (partial / name).write_bytes(content)
         names = sorted(path.name for path in partial.iterdir())
         (partial / CHECKSUMS).write_text(checksum_lines(partial, names), encoding="utf-8")
         _move_into_place(partial, directory)

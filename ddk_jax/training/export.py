@@ -13,7 +13,6 @@ from ddk_jax.analysis.runs import load_run
 from ddk_jax.card import FIGURE, model_card
 from ddk_jax.config import resolve_path
 from ddk_jax.data.shards import read_manifest
-from ddk_jax.errors import StorageError
 from ddk_jax.models import hf
 from ddk_jax.training.trained import load_student
 
@@ -50,6 +49,7 @@ def export_run(run_dir: Path, out: Path, *, dtype: str = "float32") -> Path:
         record=record,
         has_figure=has_figure,
     )
+    shown = {FIGURE: png_bytes(figures.mixture_weights([record]))} if has_figure else {}
     hf.export(
         student.params,
         spec,
@@ -57,11 +57,7 @@ def export_run(run_dir: Path, out: Path, *, dtype: str = "float32") -> Path:
         tokenizer_dir=student.tokenizer,
         dtype=jnp.dtype(dtype),
         card=card,
+        figures=shown,
     )
-    if has_figure:
-        try:
-            (out / FIGURE).write_bytes(png_bytes(figures.mixture_weights([record])))
-        except OSError as error:
-            raise StorageError(f"{out / FIGURE}: cannot be written ({error})") from error
     _log.info("event=export step=%d dir=%s", student.step, out)
     return out
