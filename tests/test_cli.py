@@ -337,6 +337,7 @@ def test_evaluate_prints_a_table(ddk, exported, tiny_root):
     assert [line.split()[0] for line in lines[2:]] == [*tiny.DOMAINS, "mean"]
 
 
+@pytest.mark.slow
 def test_evaluate_compares_with_a_teacher(ddk, run_dir, finished, tiny_root):
     teacher = tiny_root / "teacher"
     options = ["--teacher", teacher, "--rows", 8]

@@ -425,7 +425,7 @@ def test_a_teacher_of_nan_ends_the_run_with_a_diagnosis(
         train(config)
 
 
-@pytest.mark.parametrize("rate", [1e30, 3e38])
+@pytest.mark.parametrize("rate", [pytest.param(1e30, marks=pytest.mark.slow), 3e38])
 def test_a_learning_rate_that_is_far_too_large_never_reaches_a_checkpoint_as_nan(
     tiny_root: Path, tmp_path: Path, rate: float
 ) -> None:
@@ -446,6 +446,7 @@ def terms(config: Config, run_dir: Path) -> dict[str, list[float]]:
     return {name: [line["terms"][name] for line in steps] for name in steps[0]["terms"]}
 
 
+@pytest.mark.slow
 def test_a_mixture_of_copies_of_the_teacher_is_the_teacher(
     finished: Finished, tiny_root: Path, tmp_path: Path
 ) -> None:

@@ -484,7 +484,14 @@ def decoder_run(name: str) -> tuple[Any, list[StepSums]]:
     return run(decoders(name), BATCHES)
 
 
-@pytest.mark.parametrize("name", [name for name in MESHES if name != "one"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name == "all" else pytest.mark.slow)
+        for name in MESHES
+        if name != "one"
+    ],
+)
 def test_a_mesh_gives_what_one_device_gives(name: str) -> None:
     state, sums = decoder_run("one")
     found_state, found_sums = decoder_run(name)
@@ -499,6 +506,7 @@ def test_a_mesh_gives_what_one_device_gives(name: str) -> None:
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_activations_train_float32_parameters() -> None:
     state, sums = decoder_run("one")
     found_state, found_sums = run(decoders("one", jnp.bfloat16), BATCHES)
