@@ -30,6 +30,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_tiny_comparison(tmp_path: Path) -> None:
     target = tmp_path / "found.json"
     sizes = "--tokens 24 --hidden 5 --teacher-hidden 7 --vocab 150 --chunk 10 --repeats 2"
@@ -57,6 +58,7 @@ def test_a_name_that_is_no_loss_is_refused() -> None:
     assert "'top_k_overlap' is none of: cross_entropy" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 def test_torch_computes_the_same_losses(losses: ModuleType) -> None:
     pytest.importorskip("torch")
@@ -78,7 +80,7 @@ def test_nothing_is_timed_that_does_not_agree(losses: ModuleType) -> None:
         good._replace(kernel=1.02 * good.kernel),
         good._replace(hidden=np.nan * good.hidden),
     ):
-        with pytest.raises(ValueError, match="chunked and torch|torch gives"):
+        with pytest.raises(ValueError, match=r"forward_kl: .* torch"):
             losses.check(case, {"chunked": good, "torch": wrong})
 
 
