@@ -10,9 +10,10 @@ import yaml
 from ddk_jax import __version__
 from ddk_jax.analysis.runs import RunRecord
 from ddk_jax.analysis.tables import HEADER, domain_rows, row_cells
-from ddk_jax.config import ASSETS, Config, to_plain
+from ddk_jax.config import ASSETS, Config
 from ddk_jax.data.shards import Manifest
 from ddk_jax.models.spec import ModelSpec
+from ddk_jax.plain import to_plain
 
 FIGURE = "mixture.png"
 

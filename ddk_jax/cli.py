@@ -36,9 +36,9 @@ from ddk_jax.config import (
     SourceConfig,
     TeacherConfig,
     load_config,
-    suggest,
 )
 from ddk_jax.errors import StorageError, UserError
+from ddk_jax.plain import suggest
 
 _log = logging.getLogger(__name__)
 

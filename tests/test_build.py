@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import tiny
 
-from ddk_jax.config import TermConfig, from_plain
+from ddk_jax.config import TermConfig
 from ddk_jax.errors import DataError, StorageError, UserError
 from ddk_jax.losses.objective import check_terms, term_factors
 from ddk_jax.mixture.controllers import DDK, DDKWithoutSmoothing, Static
 from ddk_jax.models import hf
+from ddk_jax.plain import from_plain
 from ddk_jax.training.build import Job, make_controller
 from ddk_jax.training.loaded import compute_dtype
 from ddk_jax.training.terms import make_objective

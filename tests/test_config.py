@@ -21,14 +21,12 @@ from ddk_jax.config import (
     MeshConfig,
     SourceConfig,
     TrainConfig,
-    from_plain,
     load_config,
     resolve_path,
     save_config,
-    suggest,
-    to_plain,
 )
 from ddk_jax.errors import UserError
+from ddk_jax.plain import from_plain, suggest, to_plain
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 

@@ -22,7 +22,8 @@ ROOT = Path(ddk_jax.__file__).parent
 # From the bottom up. Every entry is a module, or a package whose modules are on one level; the
 # entries of an inner list may import each other (without a cycle), all others of a level may not.
 LAYERS: list[list[list[str]]] = [
-    [["models.spec"], ["errors"]],
+    [["errors"]],
+    [["models.spec"], ["plain"]],
     [
         ["config"],
         ["losses"],

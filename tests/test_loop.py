@@ -570,6 +570,13 @@ def test_the_two_stages_of_ted(tiny_root: Path, tmp_path: Path) -> None:
     wrong = [second[1] | {"pairs": 1}]
     with pytest.raises(UserError, match=r"has filters of layers \(1, 2\), not of \(2,\)"):
         train(tiny.config(tiny_root, tmp_path / "three", **{"objective.terms": wrong}))
+    own = tiny.config(
+        tiny_root, tmp_path / "own", **{"objective.terms": [layers], "student.frozen": True}
+    )
+    train(own)
+    wrong = [second[1] | {"student_filters": str(tmp_path / "own")}]
+    with pytest.raises(UserError, match="has filters to 16 features, the teacher's are to 24"):
+        train(tiny.config(tiny_root, tmp_path / "four", **{"objective.terms": wrong}))
 
 
 # A run that is there already.

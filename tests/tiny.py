@@ -21,7 +21,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from ddk_jax.config import Config, from_plain, to_plain
+from ddk_jax.config import Config
 from ddk_jax.data.pipeline import MixturePipeline, PipelineState
 from ddk_jax.data.prepare import prepare
 from ddk_jax.data.rows import HostBatch
@@ -30,6 +30,7 @@ from ddk_jax.models import hf
 from ddk_jax.models.decoder import Decoder
 from ddk_jax.models.spec import ModelSpec
 from ddk_jax.parallel.mesh import make_mesh
+from ddk_jax.plain import from_plain, to_plain
 from ddk_jax.training import build as build_module
 from ddk_jax.training import evaluate as evaluate_module
 from ddk_jax.training.build import Job

@@ -18,12 +18,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from ddk_jax.config import (
-    Config,
-    load_config,
-    resolve_path,
-    suggest,
-)
+from ddk_jax.config import Config, load_config, resolve_path
 from ddk_jax.data.pipeline import MixturePipeline
 from ddk_jax.data.retokenise import Retokeniser, teacher_length
 from ddk_jax.data.rows import DomainRows, HostBatch, open_rows
@@ -47,6 +42,7 @@ from ddk_jax.parallel.mesh import (
     make_mesh,
     replicated,
 )
+from ddk_jax.plain import suggest
 from ddk_jax.training.checkpoint import read_latest
 from ddk_jax.training.evaluate import DomainNats, Validation, cached
 from ddk_jax.training.loaded import TeacherSet, check_tokens, compute_dtype, data_tokenizer
@@ -265,7 +261,14 @@ class Job:
             if path is not None and isinstance(term.loss, StateTerm):
                 wanted = getattr(term.loss.maps, whose)
                 name = "map" if whose == "student" else "teacher_map"
-                found[term.name] = {name: trained_filters(path, wanted, self.mesh)}
+                filters = trained_filters(path, wanted, self.mesh)
+                width = self._shapes[1].width
+                if filters.shape[2] != width:
+                    raise UserError(
+                        f"{path} has filters to {filters.shape[2]} features, the teacher's are to "
+                        f"{width}: train the student's with `through: teacher`"
+                    )
+                found[term.name] = {name: filters}
         return found
 
     @cached_property

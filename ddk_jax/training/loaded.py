@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ddk_jax.config import Config, OtherTeacherConfig, TeacherConfig, resolve_path, suggest
+from ddk_jax.config import Config, OtherTeacherConfig, TeacherConfig, resolve_path
 from ddk_jax.data.shards import TOKENIZER, Manifest
 from ddk_jax.data.tokenize import Tokenizer, same_tokens
 from ddk_jax.errors import UserError
@@ -21,6 +21,7 @@ from ddk_jax.models import hf
 from ddk_jax.models.decoder import Decoder
 from ddk_jax.models.spec import ModelSpec
 from ddk_jax.parallel.mesh import param_shardings
+from ddk_jax.plain import suggest
 from ddk_jax.training.micro import Teachers
 from ddk_jax.training.terms import make_objective
 

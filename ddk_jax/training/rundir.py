@@ -14,8 +14,9 @@ from typing import Any
 import jax
 
 from ddk_jax import __version__
-from ddk_jax.config import Config, load_config, save_config, to_plain
+from ddk_jax.config import Config, load_config, save_config
 from ddk_jax.errors import StorageError, UserError
+from ddk_jax.plain import to_plain
 
 _log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from dataclasses import fields
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from ddk_jax.config import ScheduleConfig, TermConfig, suggest
+from ddk_jax.config import ScheduleConfig, TermConfig
 from ddk_jax.errors import UserError
 from ddk_jax.losses.objective import (
     LOSSES,
@@ -20,6 +20,7 @@ from ddk_jax.losses.objective import (
     make_term,
     settings_of,
 )
+from ddk_jax.plain import suggest
 
 FILTERED = ("hidden_mse", "hidden_cosine")
 FILTER_SETTINGS = ("student_filters", "teacher_filters")
