@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import lzma
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ddk_jax.config import SourceConfig
-from ddk_jax.data import sources
-from ddk_jax.data.sources import Document, Reject, read_file, source_files
+from ddk_jax.data.sources import (
+    Document,
+    Reject,
+    documents,
+    documents_of,
+    jsonl,
+    pieces_of,
+    read_piece,
+    textfile,
+)
 from ddk_jax.errors import DataError, StorageError
 
 
 def read(path: Path | str, **columns: str) -> list[Document | Reject]:
     source = SourceConfig(path=str(path), **columns)
-    return [item for file in source_files(source) for item in read_file(file, source)]
+    found: list[Document | Reject] = []
+    for piece in pieces_of(source):
+        for row in read_piece(piece, source):
+            found += [row] if isinstance(row, Reject) else documents_of(row, piece.name, source)
+    return found
 
 
 def rejects(path: Path, **columns: str) -> list[tuple[int, str]]:
@@ -91,17 +105,26 @@ def test_any_bytes_are_read_or_rejected(
     tmp_path_factory: pytest.TempPathFactory, raw: bytes
 ) -> None:
     folder = tmp_path_factory.mktemp("s")
-    for name in ("a.jsonl", "a.txt", "a.jsonl.gz", "a.jsonl.xz", "a.txt.xz"):
+    for name in ("a.jsonl", "a.txt", "a.jsonl.gz", "a.jsonl.xz", "a.jsonl.zst", "a.parquet"):
         (folder / name).write_bytes(raw)
         for item in read(folder / name):
             assert isinstance(item, Reject) or item.text.strip()
 
 
-@pytest.mark.parametrize(("suffix", "compress"), [(".gz", gzip.compress), (".xz", lzma.compress)])
+def zstd(raw: bytes) -> bytes:
+    return pyarrow.compress(raw, "zstd", asbytes=True)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"), [(".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstd)]
+)
 def test_a_cut_compressed_file_gives_what_came_before(
     tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]
 ) -> None:
-    lines = [json.dumps({"text": f"{i} " + "x" * (i * 7919 % 97)}) for i in range(3_000)]
+    # Incompressible, so that there are several blocks.
+    lines = [
+        json.dumps({"text": hashlib.sha512(str(i).encode()).hexdigest() * 2}) for i in range(3_000)
+    ]
     whole = compress("\n".join(lines).encode())
     path = tmp_path / f"rows.jsonl{suffix}"
     path.write_bytes(whole)
@@ -223,7 +246,7 @@ def test_folders_globs_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         with pytest.raises(DataError, match=message):
             read(path)
     Path("empty").mkdir()
-    with pytest.raises(DataError, match="holds no text"):
+    with pytest.raises(DataError, match="holds no text or rows"):
         read("empty")
 
 
@@ -234,7 +257,7 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe")
     assert rejects(path) == [(1, "invalid UTF-8 at byte 0")]
     path.write_bytes(b" \n")
-    assert rejects(path) == [(1, "the file: empty or blank")]
+    assert rejects(path) == [(1, "text: empty or blank")]
     [(_, reason)] = rejects(path, prompt="q", response="a")
     assert "no columns" in reason
 
@@ -242,7 +265,8 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
 def test_what_is_too_long_is_rejected_without_being_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 40)
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 40)
+    monkeypatch.setattr(textfile, "MAX_FILE_BYTES", 40)
     path = tmp_path / "a.jsonl"
     lines = ['{"text": "short"}', json.dumps({"text": "x" * 200}), '{"text": "after"}']
     path.write_text("\n".join(lines))
@@ -262,7 +286,28 @@ def test_a_long_document_is_a_document(tmp_path: Path) -> None:
 def test_an_unreadable_file_is_a_storage_error(tmp_path: Path) -> None:
     source = SourceConfig(path=str(tmp_path / "a.txt"))
     Path(source.path).write_text("x")
-    [file] = source_files(source)
+    [piece] = pieces_of(source)
     Path(source.path).unlink()
     with pytest.raises(StorageError, match=r"a\.txt: cannot be read"):
-        list(read_file(file, source))
+        list(read_piece(piece, source))
+
+
+def test_a_very_long_document_is_cut_and_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(documents, "MAX_DOCUMENT_CHARS", 40)
+    path = tmp_path / "a.jsonl"
+    long = "one two three\n" * 9 + "x" * 90 + " end" + "four " * 20
+    path.write_text(json.dumps({"text": long}) + "\n" + json.dumps({"text": "short"}))
+    *pieces, short = read(path)
+    assert "".join(piece.text for piece in pieces if isinstance(piece, Document)) == long
+    assert all(isinstance(piece, Document) and len(piece.text) <= 40 for piece in pieces)
+    assert {piece.whole for piece in pieces if isinstance(piece, Document)} == {
+        Document(long, "", "", 1).digest
+    }
+    assert isinstance(short, Document) and short.whole == b""
+    assert [p.text for p in pieces[:3] if isinstance(p, Document)] == ["one two three\n" * 2] * 3
+    path.write_text(json.dumps({"q": long, "a": "yes"}))
+    assert rejects(path, prompt="q", response="a") == [
+        (1, "prompt and response: over 40 characters")
+    ]

@@ -21,6 +21,7 @@ import grain
 import numpy as np
 from jaxtyping import Float64
 
+from ddk_jax.data import epochs
 from ddk_jax.data.rows import DomainRows, HostBatch, empty_batch
 from ddk_jax.mixture.schedule import RowSchedule, Weights
 
@@ -151,6 +152,29 @@ class MixturePipeline(Iterator[tuple[HostBatch, PipelineState]]):
         """How often each domain was gone through, in the batches delivered so far."""
         return np.asarray(self._state["schedule"]["drawn"]) / self._builder.sizes
 
+    def shortages(self, weights: Weights, rows: int) -> list[str]:
+        """One sentence for each domain that is too small for its share of a run of `rows` rows."""
+        names = [name for name, _ in self._state["domains"]]
+        return epochs.shortages(names, np.asarray(weights, np.float64), self._builder.sizes, rows)
+
+    def within_epochs(
+        self, weights: Weights, start_row: int, rows: int, max_epochs: Sequence[float]
+    ) -> Float64[np.ndarray, " domains"]:
+        """Weights for `rows` rows from `start_row` on that take no domain past its limit.
+
+        See `ddk_jax.data.epochs.within_limits`; `max_epochs` is by domain, 0 means no limit.
+
+        Raises:
+            DataError: no domain with weight may give so many rows.
+        """
+        return epochs.within_limits(
+            np.asarray(weights, np.float64),
+            np.asarray(self._builder.counts(start_row), np.int64),
+            self._builder.sizes,
+            np.asarray(max_epochs, np.float64),
+            rows,
+        )
+
     def close(self) -> None:
         """Stop the threads. The pipeline cannot be used after this."""
         self._batches.close()
@@ -202,6 +226,11 @@ class _BatchBuilder:
         """Append to the weight log. A batch in the making past `start_row` may be of either."""
         with self._lock:
             self.schedule.extend(start_row, weights)
+
+    def counts(self, row: int) -> Sequence[int] | np.ndarray:
+        """Rows of each domain before `row`."""
+        with self._lock:
+            return self.schedule.counts(row)
 
     def state(self, row: int) -> PipelineState:
         """The state of a pipeline whose next row is `row`."""

@@ -1,17 +1,19 @@
 """`ddk prepare`: documents to token shards, once, before any training.
 
 The result is a pure function of the files that are read, the tokenizer and the options: the same
-bytes on every machine. It appears whole under `data.dir` or not at all; the same inputs are not
-prepared twice.
+bytes on every machine, with any number of processes, and however often it was killed on the way. It
+appears whole under `data.dir` or not at all; the same inputs are not prepared twice.
 
-- Exact duplicates are dropped within and across domains: the first one in reading order stays.
+- Documents are in the order of their hashes: shuffled, but the same whatever is read first.
+- Exact duplicates are dropped within and across domains: the first domain keeps its copy.
 - A document is held out for validation if the hash of its text falls under `validation_fraction`:
   adding documents moves none from one side to the other. A domain in which the hash selects none
   gives the one with the smallest hash (and the one with the largest stays in training if it selects
   all), so two documents are enough for a domain, and one is not.
 - Rows that cannot be used are listed in `rejects.jsonl`, with file, line and reason.
 
-Memory: about 150 bytes per document, and one batch of documents.
+Until it is whole, everything is in `.<name>.partial` beside `data.dir`; what is finished there is
+not done again after a kill. Memory: under 400 MiB a process, whatever the size of the corpus.
 """
 
 from __future__ import annotations
@@ -19,64 +21,53 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from ddk_jax.config import DataConfig, DomainConfig, SourceConfig, resolve_path
+from ddk_jax.config import DataConfig, SourceConfig, resolve_path
+from ddk_jax.data.assemble import Assembly, Input
+from ddk_jax.data.convert import Feed
 from ddk_jax.data.shards import (
     FORMAT_VERSION,
     MANIFEST,
     REJECTS,
     SPLITS,
     TOKENIZER,
-    DomainInfo,
     Manifest,
-    SourceInfo,
-    Split,
-    SplitWriter,
-    TokenisedDocument,
-    TokenizerInfo,
     checked_name,
     is_prepared,
     read_manifest,
-    token_dtype,
 )
 from ddk_jax.data.sources import (
-    Document,
-    Reject,
     SourceFile,
+    check_source,
     file_sha256,
-    read_file,
-    source_files,
+    file_size,
+    files_of,
+    identity,
 )
-from ddk_jax.data.tokenize import Tokenizer, encode_documents
+from ddk_jax.data.tokenize import Tokenizer
+from ddk_jax.data.workers import Pool, Progress, metered
 from ddk_jax.errors import DataError, StorageError, UserError
+from ddk_jax.plain import to_plain
 
-Progress = Callable[[str], None]
-"""Takes one line of text for the user."""
-
-_BATCH_BYTES = 2**21
-_PROGRESS_DOCUMENTS = 20_000
+_INPUTS = "inputs"
+_SMALL = 2**25  # bytes that are read sooner than processes are started
 
 
-class _Source(NamedTuple):
-    config: SourceConfig
-    files: list[SourceFile]
-    sha256: str
-
-
-def prepare(config: DataConfig, *, progress: Progress) -> Manifest:
+def prepare(config: DataConfig, *, progress: Progress, workers: int = 1) -> Manifest:
     """Write the token shards of every domain to `config.dir`, unless they are there already.
 
     Args:
         config: the corpus, the tokenizer and the options.
         progress: called with lines of text that say how far it is.
+        workers: processes, which change nothing about the result. 0: one for each core, or this
+            one alone for a small corpus.
 
     Returns:
         The manifest of what is now in `config.dir`.
@@ -89,22 +80,37 @@ def prepare(config: DataConfig, *, progress: Progress) -> Manifest:
     """
     _check_options(config)
     tokenizer = Tokenizer(resolve_path(config.tokenizer))
-    progress(f"reading {sum(len(domain.sources) for domain in config.domains)} sources")
-    sources = {
-        domain.name: [_scan(source) for source in domain.sources] for domain in config.domains
-    }
-    inputs = _inputs_digest(config, tokenizer, sources)
     target = resolve_path(config.dir)
-    if (manifest := _up_to_date(target, inputs)) is not None:
-        progress(f"{config.dir} is up to date")
-        return manifest
-    try:
-        with _building(target) as folder:
-            manifest = _build(config, tokenizer, sources, inputs, folder, progress)
-            (folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
-            _replace(folder, target)
-    except OSError as error:
-        raise StorageError(f"{target}: cannot be written ({error.strerror or error})") from error
+    feeds = _feeds(config)
+    files = [files_of(feed.source) for feed in feeds]
+    sizes = [[file_size(file.path) for file in each] for each in files]
+    progress(f"reading {len(feeds)} sources")
+    if not workers and sum(map(sum, sizes)) < _SMALL:
+        workers = 1
+    with Pool(workers) as pool:
+        inputs = _identified(feeds, files, sizes, pool, progress)
+        digest = _inputs_digest(config, tokenizer, inputs)
+        if (manifest := _up_to_date(target, digest)) is not None:
+            progress(f"{config.dir} is up to date")
+            return manifest
+        try:
+            with _building(target, digest) as folder:
+                manifest = Assembly(
+                    config=config,
+                    tokenizer=tokenizer,
+                    inputs=tuple(inputs),
+                    digest=digest,
+                    folder=folder,
+                    pool=pool,
+                    progress=progress,
+                ).manifest()
+                (folder / "out" / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+                _replace(folder / "out", target)
+        except OSError as error:
+            raise StorageError(
+                f"{target}: cannot be written ({error.strerror or error}); the same command goes "
+                "on where it was"
+            ) from error
     progress(f"wrote {config.dir}")
     return manifest
 
@@ -121,44 +127,78 @@ def _check_options(config: DataConfig) -> None:
         raise UserError(
             f"data.validation_fraction: {config.validation_fraction} is not between 0 and 1"
         )
+    shared = {name for one in config.shared for name in one.domains.values()}
+    if unknown := shared - set(names):
+        raise UserError(f"data.shared: no domain is called {', '.join(sorted(unknown))}")
     for domain in config.domains:
-        if not domain.sources:
+        if min(domain.max_documents, domain.max_tokens, domain.max_epochs) < 0:
+            raise UserError(f"domain {domain.name}: a limit is negative; 0 means none")
+        if not domain.sources and domain.name not in shared:
             raise UserError(f"domain {domain.name}: name at least one source")
-        for source in domain.sources:
-            if bool(source.prompt) != bool(source.response):
-                raise UserError(
-                    f"source {source.path}: prompt and response are given together or not at all"
-                )
+    for feed in _feeds(config):
+        check_source(feed.source)
 
 
-def _scan(source: SourceConfig) -> _Source:
-    """The files of a source and a digest over their names and contents."""
-    files = source_files(source)
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file_sha256(file.path)} {file.name}\n".encode())
-    return _Source(source, files, digest.hexdigest())
+def _feeds(config: DataConfig) -> list[Feed]:
+    """All sources: those of the domains, then the shared ones."""
+    numbers = {domain.name: number for number, domain in enumerate(config.domains)}
+    feeds = [
+        Feed(source=source, domain=number, shared=None, domains=numbers)
+        for number, domain in enumerate(config.domains)
+        for source in domain.sources
+    ]
+    return feeds + [
+        Feed(source=shared.source, domain=-1, shared=shared, domains=numbers)
+        for shared in config.shared
+    ]
 
 
-def _inputs_digest(
-    config: DataConfig, tokenizer: Tokenizer, sources: dict[str, list[_Source]]
-) -> str:
+def _identified(
+    feeds: list[Feed],
+    files: list[list[SourceFile]],
+    sizes: list[list[int]],
+    pool: Pool,
+    progress: Progress,
+) -> list[Input]:
+    """Every feed with a digest over the names and contents of its files."""
+    flat = list(zip(itertools.chain(*files), itertools.chain(*sizes), strict=True))
+    digests = [""] * len(flat)
+    with metered("reading", sum(size for _, size in flat), "B", progress) as meter:
+        for number, digest in pool.run(_file_digest, flat, lambda item: meter.add(item[1])):
+            digests[number] = digest
+    rest = iter(digests)
+    return [
+        Input(feed, identity(feed.source, each, [next(rest) for _ in each]))
+        for feed, each in zip(feeds, files, strict=True)
+    ]
+
+
+def _file_digest(item: tuple[SourceFile, int]) -> str:
+    return file_sha256(item[0].path)
+
+
+def _inputs_digest(config: DataConfig, tokenizer: Tokenizer, inputs: list[Input]) -> str:
     """SHA-256 over everything that decides what is written."""
+    with_chat = any(one.feed.source.messages for one in inputs)
     tree = {
         "version": FORMAT_VERSION,
         "tokenizer": tokenizer.digest,
+        "chat_template": tokenizer.template.source if with_chat else "",
         "validation_fraction": config.validation_fraction,
         "max_rejected_fraction": config.max_rejected_fraction,
         "domains": [
-            [name, [[*_columns(one.config), one.sha256] for one in each]]
-            for name, each in sources.items()
+            {**to_plain(domain), "sources": [], "max_epochs": 0} for domain in config.domains
+        ],
+        "inputs": [
+            [_source_plain(one.feed.source), one.feed.domain, to_plain(one.feed.shared), one.sha256]
+            for one in inputs
         ],
     }
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def _columns(source: SourceConfig) -> list[str]:
-    return [source.path, source.text, source.prompt, source.response, source.licence]
+def _source_plain(source: SourceConfig) -> dict[str, Any]:
+    return {**to_plain(source), "data_dir": ""}
 
 
 def _up_to_date(target: Path, inputs: str) -> Manifest | None:
@@ -168,20 +208,21 @@ def _up_to_date(target: Path, inputs: str) -> Manifest | None:
     except DataError:
         return None
     files = [
-        target / d.name / file
-        for d in manifest.domains
-        for s in SPLITS
-        for file in d.split(s).files
+        target / domain.name / file
+        for domain in manifest.domains
+        for split in SPLITS
+        for file in domain.split(split).files
     ]
     files += [target / REJECTS, target / TOKENIZER / "tokenizer.json"]
     return manifest if manifest.inputs_digest == inputs and all(map(Path.is_file, files)) else None
 
 
 @contextlib.contextmanager
-def _building(target: Path) -> Iterator[Path]:
-    """An empty folder beside `target`, held by this process alone and removed in the end.
+def _building(target: Path, inputs: str) -> Iterator[Path]:
+    """A folder beside `target`, held by this process alone, for what is made of these inputs.
 
-    What a killed run left there is removed first. The lock goes with the process that holds it.
+    It holds what a killed run of the same inputs left there. Afterwards it is gone, unless writing
+    failed or was interrupted. The lock goes with the process that holds it.
     """
     if target.exists() and not is_prepared(target) and (target.is_file() or any(target.iterdir())):
         raise StorageError(
@@ -195,12 +236,20 @@ def _building(target: Path) -> Iterator[Path]:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise StorageError(f"{target}: another process is preparing it; wait for it") from error
-        for entry in folder.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        mark = folder / _INPUTS
+        if not mark.is_file() or mark.read_text(encoding="utf-8") != inputs:
+            for entry in folder.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            mark.write_text(inputs, encoding="utf-8")
+        (folder / "out").mkdir(exist_ok=True)
         try:
             yield folder
-        finally:
+        except (OSError, StorageError, KeyboardInterrupt):
+            raise  # what is finished is used when the command is given again
+        except Exception:
             shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(held)
 
@@ -217,183 +266,3 @@ def _replace(folder: Path, target: Path) -> None:
         target.rename(old)
     folder.rename(target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _build(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    sources: dict[str, list[_Source]],
-    inputs: str,
-    folder: Path,
-    progress: Progress,
-) -> Manifest:
-    """Write every domain into `folder`; the manifest is left to the caller."""
-    tokenizer.copy_to(folder / TOKENIZER)
-    seen: set[bytes] = set()
-    domains = []
-    with (folder / REJECTS).open("w", encoding="utf-8") as rejects:
-        for domain in config.domains:
-            builder = _DomainBuilder(domain, config, tokenizer, folder / domain.name, seen, rejects)
-            domains.append(builder.build(sources[domain.name], progress))
-            if builder.refused:
-                rejects.flush()
-                listing = Path(f"{resolve_path(config.dir)}.{REJECTS}")
-                shutil.copyfile(folder / REJECTS, listing)
-                raise DataError(f"{builder.refused}; see {listing}")
-    return Manifest(
-        inputs_digest=inputs,
-        tokenizer=TokenizerInfo(
-            digest=tokenizer.digest, vocab_size=tokenizer.vocab_size, end_id=tokenizer.end_id
-        ),
-        validation_fraction=config.validation_fraction,
-        domains=tuple(domains),
-    )
-
-
-class _DomainBuilder:
-    """Reads one domain's sources and writes its two splits.
-
-    Attributes:
-        refused: why the domain cannot be used; empty if it can.
-    """
-
-    def __init__(
-        self,
-        domain: DomainConfig,
-        config: DataConfig,
-        tokenizer: Tokenizer,
-        folder: Path,
-        seen: set[bytes],
-        rejects: IO[str],
-    ) -> None:
-        self.refused = ""
-        self._name = domain.name
-        self._config = config
-        self._tokenizer = tokenizer
-        self._seen = seen
-        self._rejects = rejects
-        self._rejected = 0
-        self._duplicates = 0
-        self._tokens = 0
-        folder.mkdir()
-        dtype = token_dtype(tokenizer.vocab_size)
-        self._splits = {split: SplitWriter(folder, split, dtype) for split in SPLITS}
-
-    def build(self, sources: list[_Source], progress: Progress) -> DomainInfo:
-        """Write the shards; look at `refused` before using them.
-
-        Raises:
-            DataError: the domain has fewer than two documents.
-        """
-        with contextlib.ExitStack() as stack:
-            for writer in self._splits.values():
-                stack.callback(writer.close)
-            infos = [self._read(source, progress) for source in sources]
-            self.refused = self._why_refused()
-            if not self.refused:
-                self._balance()
-            splits = {split: writer.finish() for split, writer in self._splits.items()}
-        progress(
-            f"{self._name}: {self._documents():,} documents, {self._tokens:,} tokens, "
-            f"{splits['validation'].documents:,} documents held out, "
-            f"{self._rejected:,} rejected, {self._duplicates:,} duplicates"
-        )
-        return DomainInfo(
-            name=self._name,
-            train=splits["train"],
-            validation=splits["validation"],
-            sources=tuple(infos),
-            rejected=self._rejected,
-            duplicates=self._duplicates,
-        )
-
-    def _read(self, source: _Source, progress: Progress) -> SourceInfo:
-        """Add the documents of one source."""
-        documents = 0
-        for batch in self._batches(source.config, source.files):
-            before = self._documents()
-            documents += self._add(batch)
-            if before // _PROGRESS_DOCUMENTS < self._documents() // _PROGRESS_DOCUMENTS:
-                progress(f"{self._name}: {self._documents():,} documents, {self._tokens:,} tokens")
-        return SourceInfo(
-            path=source.config.path,
-            licence=source.config.licence,
-            documents=documents,
-            sha256=source.sha256,
-        )
-
-    def _documents(self) -> int:
-        return sum(len(writer.keys) for writer in self._splits.values())
-
-    def _batches(self, source: SourceConfig, files: list[SourceFile]) -> Iterator[list[Document]]:
-        """New documents, enough for one call of the tokenizer at a time."""
-        batch: list[Document] = []
-        size = 0
-        for file in files:
-            for item in read_file(file, source):
-                if isinstance(item, Reject):
-                    self._reject(item)
-                elif (digest := item.digest[:16]) in self._seen:
-                    self._duplicates += 1
-                else:
-                    self._seen.add(digest)
-                    batch.append(item)
-                    size += item.num_bytes
-                if size >= _BATCH_BYTES:
-                    yield batch
-                    batch, size = [], 0
-        if batch:
-            yield batch
-
-    def _reject(self, reject: Reject) -> None:
-        self._rejected += 1
-        row = {**reject._asdict(), "domain": self._name}
-        self._rejects.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-    def _add(self, documents: list[Document]) -> int:
-        """Tokenise documents and write them to their split. Returns how many were written."""
-        written = 0
-        for document, (ids, prompt) in zip(
-            documents, encode_documents(self._tokenizer, documents), strict=True
-        ):
-            reason = ""
-            if ids.size < 2 or prompt < 1 or (document.response and prompt == ids.size - 1):
-                reason = "the tokenizer makes no token of it"
-            elif np.any(ids[:-1] == self._tokenizer.end_id):
-                reason = "the tokenizer takes a part of it for the end token"
-            if reason:
-                self._reject(Reject(document.file, document.line, reason))
-                continue
-            key = int.from_bytes(document.digest[:8], "big")
-            split: Split = (
-                "validation" if key / 2**64 < self._config.validation_fraction else "train"
-            )
-            self._splits[split].add(TokenisedDocument(ids, prompt, document.num_bytes, key))
-            self._tokens += ids.size
-            written += 1
-        return written
-
-    def _why_refused(self) -> str:
-        total = self._documents() + self._duplicates + self._rejected
-        limit = self._config.max_rejected_fraction
-        if self._rejected <= limit * total:
-            return ""
-        return (
-            f"domain {self._name}: {self._rejected} of {total} documents were rejected "
-            f"({self._rejected / total:.1%}; data.max_rejected_fraction is {limit:.1%})"
-        )
-
-    def _balance(self) -> None:
-        """Give each split at least one document."""
-        if self._documents() < 2:
-            raise DataError(
-                f"domain {self._name}: {self._documents()} usable documents, but training and "
-                "validation need one each; cut the text into several JSONL rows or files"
-            )
-        train, validation = self._splits["train"], self._splits["validation"]
-        if not validation.keys:
-            validation.add(train.take(min(range(len(train.keys)), key=train.keys.__getitem__)))
-        elif not train.keys:
-            train.add(
-                validation.take(max(range(len(validation.keys)), key=validation.keys.__getitem__))
-            )

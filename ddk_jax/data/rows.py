@@ -5,23 +5,25 @@ share one token: the last of a row is predicted there and is context in the next
 the first of a document is predicted exactly once. The content of a row depends on the stream and T
 only.
 
-Documents are packed: a row holds pieces of one or more, numbered 1, 2, ... in `segment_ids`; 0 is
-padding after the end of the stream. Position t predicts token t + 1 if both are in one segment.
+With a packing (`ddk_jax.data.packing`), a row is made of whole documents instead, and only longer
+ones are cut. Every token but the first of a document is predicted once there too.
+
+A row holds pieces of one document or more, numbered 1, 2, ... in `segment_ids`; 0 is padding.
+Position t predicts token t + 1 if both are in one segment.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from ddk_jax.data.shards import Shard, Split, open_shard, read_manifest
-
-PADDING, PROMPT, RESPONSE = 0, 1, 2
-"""Roles of a token; plain text is PROMPT throughout."""
+from ddk_jax.data.packing import Packing, open_packing
+from ddk_jax.data.shards import Shard, Split, open_shards, read_manifest
+from ddk_jax.data.stream import TokenStream
 
 
 class TeacherRows(NamedTuple):
@@ -90,8 +92,18 @@ class DomainRows:
         num_tokens: tokens of the stream.
     """
 
-    def __init__(self, shard: Shard, *, name: str, domain: int, length: int) -> None:
-        """Cut a shard into rows that predict `length` tokens.
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        *,
+        name: str,
+        domain: int,
+        length: int,
+        packing: Packing | None = None,
+    ) -> None:
+        """Rows of the stream of some shards that predict `length` tokens.
+
+        Without a packing the rows are cut from the stream one after the other.
 
         Raises:
             ValueError: `length` is not positive.
@@ -101,15 +113,14 @@ class DomainRows:
         self.name = name
         self.domain = domain
         self.length = length
-        # A plain view: slicing a memmap itself costs several times as much.
-        self._tokens = np.asarray(shard.tokens)
-        self._offsets = np.asarray(shard.offsets)
-        self._prompt_ends = self._offsets[:-1] + shard.prompts
-        self._only_prompts = bool(np.array_equal(self._prompt_ends, self._offsets[1:]))
-        self.num_tokens = int(self._offsets[-1])
+        self._stream = TokenStream(shards)
+        self._packing = packing
+        self.num_tokens = self._stream.num_tokens
 
     def __len__(self) -> int:
-        """Number of rows; the last one may be padded."""
+        """Number of rows; without a packing only the last one may be padded."""
+        if self._packing is not None:
+            return self._packing.rows.size - 1
         return max(1, -(-(self.num_tokens - 1) // self.length))
 
     def __getitem__(self, index: int) -> Row:
@@ -133,42 +144,46 @@ class DomainRows:
             raise IndexError(
                 f"domain {self.name} has {len(self)} rows, asked for {indices.tolist()}"
             )
-        width = self.length + 1
-        starts = indices * self.length
-        ends = np.minimum(starts + width, self.num_tokens)
-        first = np.searchsorted(self._offsets, starts, side="right") - 1
-        stop = np.searchsorted(self._offsets, ends, side="left")
-        marks = np.zeros((indices.size, width), np.int32)
-        replies = np.zeros((indices.size, width + 1), np.int32)
-        for i in range(indices.size):
-            start, size = starts[i], ends[i] - starts[i]
-            batch.tokens[places[i], :size] = self._tokens[start : ends[i]]
-            marks[i, 0] = 1
-            marks[i, self._offsets[first[i] + 1 : stop[i]] - start] = 1
-            if not self._only_prompts:
-                pieces = slice(first[i], stop[i])
-                begin = np.clip(self._prompt_ends[pieces] - start, 0, width)
-                finish = np.minimum(self._offsets[first[i] + 1 : stop[i] + 1] - start, width)
-                np.add.at(replies[i], begin, 1)
-                np.add.at(replies[i], finish, -1)
-        inside = np.arange(width) < (ends - starts)[:, None]
-        batch.segment_ids[places] = np.cumsum(marks, axis=1) * inside
-        reply = 0 if self._only_prompts else np.cumsum(replies[:, :width], axis=1)
-        batch.role[places] = (PROMPT + (RESPONSE - PROMPT) * reply) * inside
+        for place, index in zip(places.tolist(), indices.tolist(), strict=True):
+            row = batch.tokens[place], batch.segment_ids[place], batch.role[place]
+            at = segments = 0
+            for start, stop in self._pieces(index):
+                piece = tuple(array[at : at + stop - start] for array in row)
+                self._stream.copy(start, stop, *piece)
+                piece[1][:] += segments
+                at, segments = at + stop - start, int(piece[1][-1])
         batch.domain[places] = self.domain
 
+    def _pieces(self, index: int) -> list[tuple[int, int]]:
+        if self._packing is not None:
+            return self._packing.pieces(index)
+        start = index * self.length
+        return [(start, min(start + self.length + 1, self.num_tokens))]
 
-def open_rows(directory: Path, split: Split, length: int) -> list[DomainRows]:
+
+def open_rows(
+    directory: Path,
+    split: Split,
+    length: int,
+    packing: Literal["sequential", "best_fit"] = "sequential",
+) -> list[DomainRows]:
     """The rows of every domain of a directory of prepared data, in the manifest's order.
 
     Raises:
         DataError: the directory does not hold sound prepared data.
+        OSError: a packing cannot be written beside it.
     """
     manifest = read_manifest(directory)
-    return [
-        DomainRows(open_shard(directory, manifest, name, split), name=name, domain=i, length=length)
-        for i, name in enumerate(manifest.names)
-    ]
+    found = []
+    for number, name in enumerate(manifest.names):
+        shards = open_shards(directory, manifest, name, split)
+        packed = None
+        if packing == "best_fit":
+            info = manifest.domain(name).split(split)
+            packed = open_packing(directory, name, info, shards, length)
+        rows = DomainRows(shards, name=name, domain=number, length=length, packing=packed)
+        found.append(rows)
+    return found
 
 
 def validation_batches(rows: DomainRows, count: int, batch_rows: int) -> Iterator[HostBatch]:

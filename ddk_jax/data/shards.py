@@ -1,7 +1,8 @@
-"""Prepared data on disk: the manifest, and one flat array of tokens per domain and split.
+"""Prepared data on disk: the manifest, and flat arrays of tokens per domain and split.
 
-`ddk_jax.data.prepare` decides what is in it. Tokens are memory-mapped: opening costs no memory, and
-processes on one machine share the pages.
+`ddk_jax.data.prepare` decides what is in it. A split is a stream of documents in the order of their
+hashes, cut into shards of a bounded size; where it is cut changes nothing about the stream. Tokens
+are memory-mapped: opening costs no memory, and processes on one machine share the pages.
 """
 
 from __future__ import annotations
@@ -9,9 +10,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from array import array
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,15 +20,15 @@ import numpy as np
 from ddk_jax.data.sources import file_sha256
 from ddk_jax.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 REJECTS = "rejects.jsonl"
 TOKENIZER = "tokenizer"
 
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
-PARTS = ("tokens", "offsets", "prompts")
-"""The arrays of a split, each in `<domain>/<split>.<part>.npy`."""
+PARTS = ("tokens", "offsets", "turns")
+"""The arrays of a shard, each in `<domain>/<split>-<shard>-of-<shards>.<part>.npy`."""
 
 _FORMAT = "ddk_jax token shards"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
@@ -56,8 +56,8 @@ class SourceInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SplitInfo:
-    """One split of a domain. `tokens` counts end tokens, `bytes` is UTF-8 text without them."""
+class ShardInfo:
+    """One shard. `tokens` counts end tokens, `bytes` is UTF-8 text without them."""
 
     documents: int
     tokens: int
@@ -67,19 +67,71 @@ class SplitInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SplitInfo:
+    """One split of a domain: its shards, in the order of the stream."""
+
+    shards: tuple[ShardInfo, ...]
+
+    @property
+    def documents(self) -> int:
+        """Documents of the split."""
+        return sum(shard.documents for shard in self.shards)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the split, end tokens included."""
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of text in UTF-8."""
+        return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """SHA-256 of every file, by its name in the domain's folder."""
+        return {name: sha256 for shard in self.shards for name, sha256 in shard.files.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeftOut:
+    """Rows and documents of a domain that are not in it, by reason, and what was cut."""
+
+    rejected: int = 0
+    """Rows that cannot be used; `rejects.jsonl` lists them."""
+    duplicates: int = 0
+    """Documents that are there already, or in a domain that comes before."""
+    filtered: int = 0
+    """Rows that did not pass the filters."""
+    over_limit: int = 0
+    """Documents above the domain's limit."""
+    cut: int = 0
+    """Pieces that very long documents were cut into; nothing is left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DomainInfo:
-    """One domain: its splits, where it comes from, and how many rows were left out."""
+    """One domain: its splits, where it comes from, and what was left out."""
 
     name: str
     train: SplitInfo
     validation: SplitInfo
     sources: tuple[SourceInfo, ...]
-    rejected: int
-    duplicates: int
+    left_out: LeftOut
 
     def split(self, split: Split) -> SplitInfo:
         """The split of that name."""
         return self.train if split == "train" else self.validation
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeakInfo:
+    """Validation text of a domain that training text has too, by hashes of token n-grams."""
+
+    documents: int
+    """Validation documents of which at least half the n-grams are in training, of any domain."""
+    ngrams: Mapping[str, float]
+    """Share of the validation n-grams that is in the training split of each domain."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,17 +142,32 @@ class Manifest:
         inputs_digest: SHA-256 over everything that decides the content: the files that were read,
             the tokenizer, the options. The same inputs need not be prepared again.
         domains: in the order in which weights and metrics list them.
+        leaks: by domain.
+        not_routed: rows of shared sources that belong to no domain, by source.
     """
 
     inputs_digest: str
     tokenizer: TokenizerInfo
     validation_fraction: float
     domains: tuple[DomainInfo, ...]
+    leaks: Mapping[str, LeakInfo] = field(default_factory=dict)
+    not_routed: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the domains, in order."""
         return tuple(domain.name for domain in self.domains)
+
+    def domain(self, name: str) -> DomainInfo:
+        """The domain of that name.
+
+        Raises:
+            DataError: there is none.
+        """
+        for domain in self.domains:
+            if domain.name == name:
+                return domain
+        raise DataError(f"no domain {name!r}; there are {', '.join(self.names)}")
 
     def to_json(self) -> str:
         """The content of `manifest.json`: the same text for the same content."""
@@ -109,18 +176,18 @@ class Manifest:
 
 
 class Shard(NamedTuple):
-    """The documents of one domain and split, memory-mapped and read-only.
+    """Documents of one domain and split, memory-mapped and read-only.
 
     Attributes:
         tokens: flat ids, uint16 or uint32 [tokens]; every document ends in the end token.
         offsets: where each document starts, and the end of the last one, int64 [documents + 1].
-        prompts: leading prompt tokens of each document, int64 [documents]; the document's length
-            for plain text.
+        turns: where the role changes from prompt to response and back, int64, ascending. A document
+            begins as a prompt; one that ends as a response has a turn at its end. None for text.
     """
 
     tokens: np.ndarray
     offsets: np.ndarray
-    prompts: np.ndarray
+    turns: np.ndarray
 
 
 def checked_name(name: str) -> str:
@@ -140,6 +207,11 @@ def checked_name(name: str) -> str:
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """The type that ids are stored in: uint16 if they fit."""
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def file_name(split: str, shard: int, shards: int, part: str) -> str:
+    """Name of an array of a shard in the domain's folder."""
+    return f"{split}-{shard:05d}-of-{shards:05d}.{part}.npy"
 
 
 def is_prepared(directory: Path) -> bool:
@@ -176,15 +248,16 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         tree["tokenizer"] = TokenizerInfo(**tree["tokenizer"])
         tree["domains"] = tuple(_domain(entry) for entry in tree["domains"])
+        tree["leaks"] = {name: LeakInfo(**leak) for name, leak in tree["leaks"].items()}
         return Manifest(**tree)
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path}: damaged ({error}); {_AGAIN}") from error
 
 
-def open_shard(
+def open_shards(
     directory: Path, manifest: Manifest, domain: str, split: Split, *, verify: bool = False
-) -> Shard:
-    """The documents of one domain and split.
+) -> list[Shard]:
+    """The documents of one domain and split, in the order of the stream.
 
     Args:
         directory: where the manifest was read.
@@ -196,19 +269,20 @@ def open_shard(
     Raises:
         DataError: no such domain, or a file is missing, damaged, or not what the manifest says.
     """
-    info = next((info for info in manifest.domains if info.name == domain), None)
-    if info is None:
-        raise DataError(f"{directory}: no domain {domain!r}; it has {', '.join(manifest.names)}")
-    paths = [directory / domain / f"{split}.{part}.npy" for part in PARTS]
-    if verify:
-        for path in paths:
-            if not path.is_file() or file_sha256(path) != info.split(split).files[path.name]:
+    infos = manifest.domain(domain).split(split).shards
+    found = []
+    for number, info in enumerate(infos):
+        names = [file_name(split, number, len(infos), part) for part in PARTS]
+        paths = [directory / domain / name for name in names]
+        for path in paths if verify else ():
+            if not path.is_file() or file_sha256(path) != info.files[path.name]:
                 raise DataError(
                     f"{path}: does not have the content that {MANIFEST} lists; {_AGAIN}"
                 )
-    shard = Shard(*(_open_array(path) for path in paths))
-    _check(shard, info.split(split), manifest.tokenizer, directory / domain / split, verify)
-    return shard
+        shard = Shard(*(_open_array(path) for path in paths))
+        _check(shard, info, manifest.tokenizer, paths, verify)
+        found.append(shard)
+    return found
 
 
 def _open_array(path: Path) -> np.ndarray:
@@ -221,46 +295,55 @@ def _open_array(path: Path) -> np.ndarray:
 
 
 def _check(
-    shard: Shard, info: SplitInfo, tokenizer: TokenizerInfo, name: Path, every_id: bool
+    shard: Shard, info: ShardInfo, tokenizer: TokenizerInfo, paths: list[Path], every_id: bool
 ) -> None:
     """That the arrays fit each other and the manifest. Reads the tokens only if `every_id`."""
-    tokens, offsets, prompts = shard
+    tokens, offsets, turns = shard
     if tokens.dtype != token_dtype(tokenizer.vocab_size) or tokens.shape != (info.tokens,):
         raise DataError(
-            f"{name}.tokens.npy: {tokens.dtype} {tokens.shape} is not what was listed; {_AGAIN}"
+            f"{paths[0]}: {tokens.dtype} {tokens.shape} is not what was listed; {_AGAIN}"
         )
     documents = info.documents
-    if offsets.dtype != np.int64 or offsets.shape != (documents + 1,) or documents < 1:
-        raise DataError(f"{name}.offsets.npy: not {documents + 1} offsets; {_AGAIN}")
-    if prompts.dtype != np.int64 or prompts.shape != (documents,):
-        raise DataError(f"{name}.prompts.npy: not {documents} lengths; {_AGAIN}")
-    lengths = np.diff(offsets)
-    if offsets[0] != 0 or offsets[-1] != info.tokens or np.any(lengths < 1):
-        raise DataError(f"{name}.offsets.npy: does not divide the {info.tokens} tokens; {_AGAIN}")
-    if np.any(prompts < 0) or np.any(prompts > lengths):
-        raise DataError(f"{name}.prompts.npy: a prompt is longer than its document; {_AGAIN}")
+    if offsets.dtype != np.int64 or offsets.shape != (documents + 1,):
+        raise DataError(f"{paths[1]}: not {documents + 1} offsets; {_AGAIN}")
+    if offsets[0] != 0 or offsets[-1] != info.tokens or not _rises(offsets, 1):
+        raise DataError(f"{paths[1]}: does not divide the {info.tokens} tokens; {_AGAIN}")
+    if turns.dtype != np.int64 or turns.ndim != 1 or turns.size % 2:
+        raise DataError(f"{paths[2]}: not turns from prompt to response and back; {_AGAIN}")
+    if turns.size and (turns[0] < 0 or turns[-1] > info.tokens or not _rises(turns, 0)):
+        raise DataError(f"{paths[2]}: not within the {info.tokens} tokens; {_AGAIN}")
     for start in range(0, info.tokens if every_id else 0, _BLOCK_TOKENS):
         largest = int(tokens[start : start + _BLOCK_TOKENS].max())
         if largest >= tokenizer.vocab_size:
             raise DataError(
-                f"{name}.tokens.npy: id {largest} is outside the vocabulary of "
+                f"{paths[0]}: id {largest} is outside the vocabulary of "
                 f"{tokenizer.vocab_size}; {_AGAIN}"
             )
 
 
+def _rises(array: np.ndarray, least: int) -> bool:
+    """Whether each number is at least `least` above the one before, a block at a time."""
+    starts = range(0, array.size, _BLOCK_TOKENS)
+    blocks = (array[start : start + _BLOCK_TOKENS + 1] for start in starts)
+    return all(bool(np.all(np.diff(block) >= least)) for block in blocks)
+
+
 def _domain(tree: dict[str, Any]) -> DomainInfo:
     checked_name(tree["name"])
-    splits: dict[Split, SplitInfo] = {split: SplitInfo(**tree[split]) for split in SPLITS}
+    splits: dict[Split, SplitInfo] = {}
     for split in SPLITS:
-        if sorted(splits[split].files) != sorted(f"{split}.{part}.npy" for part in PARTS):
-            raise KeyError(f"files of {tree['name']}/{split}")
+        shards = tuple(ShardInfo(**shard) for shard in tree[split]["shards"])
+        for number, shard in enumerate(shards):
+            names = sorted(file_name(split, number, len(shards), part) for part in PARTS)
+            if sorted(shard.files) != names:
+                raise KeyError(f"files of {tree['name']}/{split}")
+        splits[split] = SplitInfo(shards=shards)
     return DomainInfo(
         name=tree["name"],
         train=splits["train"],
         validation=splits["validation"],
         sources=tuple(SourceInfo(**source) for source in tree["sources"]),
-        rejected=tree["rejected"],
-        duplicates=tree["duplicates"],
+        left_out=LeftOut(**tree["left_out"]),
     )
 
 
@@ -271,101 +354,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     if isinstance(value, Mapping):
-        return {key: value[key] for key in sorted(value)}
+        return {key: _plain(value[key]) for key in sorted(value)}
     return value
-
-
-class TokenisedDocument(NamedTuple):
-    """A document as a split stores it; `key` is the start of its hash."""
-
-    ids: np.ndarray
-    prompt: int
-    num_bytes: int
-    key: int
-
-
-class SplitWriter:
-    """Collects one split: tokens go to the disk as they come, lengths stay in memory.
-
-    Attributes:
-        keys: start of the hash of each document.
-    """
-
-    def __init__(self, folder: Path, split: Split, dtype: np.dtype[np.generic]) -> None:
-        self.keys = array("Q")
-        self._folder = folder
-        self._split = split
-        self._dtype = dtype
-        self._lengths = array("q")
-        self._prompts = array("q")
-        self._bytes = array("q")
-        self._raw = folder / f"{split}.raw"
-        self._stream = self._raw.open("wb")
-        self._hole = (0, 0)
-
-    def add(self, document: TokenisedDocument) -> None:
-        """Append a document."""
-        self._stream.write(document.ids.astype(self._dtype).tobytes())
-        self._lengths.append(document.ids.size)
-        self._prompts.append(document.prompt)
-        self._bytes.append(document.num_bytes)
-        self.keys.append(document.key)
-
-    def take(self, index: int) -> TokenisedDocument:
-        """Remove a document; at most once."""
-        self._stream.flush()
-        start, size = sum(self._lengths[:index]), self._lengths.pop(index)
-        self._hole = (start, start + size)
-        offset = start * self._dtype.itemsize
-        ids = np.fromfile(self._raw, self._dtype, count=size, offset=offset)
-        return TokenisedDocument(
-            ids, self._prompts.pop(index), self._bytes.pop(index), self.keys.pop(index)
-        )
-
-    def close(self) -> None:
-        """Close the file; a split that is not finished is lost."""
-        self._stream.close()
-
-    def finish(self) -> SplitInfo:
-        """Write the arrays of the split and remove what was only needed on the way."""
-        self._stream.close()
-        offsets = np.concatenate([[0], np.cumsum(np.asarray(self._lengths, np.int64))]).astype(
-            np.int64
-        )
-        names = {
-            "offsets": self._write("offsets", [offsets], offsets.size, np.dtype(np.int64)),
-            "prompts": self._write(
-                "prompts",
-                [np.asarray(self._prompts, np.int64)],
-                len(self._prompts),
-                np.dtype(np.int64),
-            ),
-            "tokens": self._write("tokens", self._token_blocks(), int(offsets[-1]), self._dtype),
-        }
-        self._raw.unlink()
-        return SplitInfo(
-            documents=len(self.keys),
-            tokens=int(offsets[-1]),
-            bytes=sum(self._bytes),
-            files={f"{self._split}.{part}.npy": sha256 for part, sha256 in names.items()},
-        )
-
-    def _token_blocks(self) -> Iterator[np.ndarray]:
-        size = self._raw.stat().st_size // self._dtype.itemsize
-        hole_start, hole_stop = self._hole
-        for start, stop in ((0, hole_start), (hole_stop, size)):
-            for at in range(start, stop, _BLOCK_TOKENS):
-                count = min(_BLOCK_TOKENS, stop - at)
-                yield np.fromfile(self._raw, self._dtype, count, offset=at * self._dtype.itemsize)
-
-    def _write(
-        self, part: str, blocks: Iterable[np.ndarray], size: int, dtype: np.dtype[np.generic]
-    ) -> str:
-        """Write a flat .npy file block by block. Returns its SHA-256."""
-        path = self._folder / f"{self._split}.{part}.npy"
-        header = {"descr": dtype.newbyteorder("<").str, "fortran_order": False, "shape": (size,)}
-        with path.open("wb") as stream:
-            np.lib.format.write_array_header_1_0(stream, header)
-            for block in blocks:
-                stream.write(block.astype(dtype.newbyteorder("<"), copy=False).tobytes())
-        return file_sha256(path)

@@ -1,24 +1,29 @@
 """The tokenizer of the teacher: text to token ids, and whether two tokenizers are the same.
 
 Text never becomes a control token: a document that spells out a special token gets the ids of its
-characters. The end token is appended by us, once, after each document.
+characters. Only what a chat template writes itself is control. The end token is appended by us,
+once, after each document.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
 from jaxtyping import Int32
 from tokenizers.decoders import DecodeStream
 
-from ddk_jax.data.sources import Document
+from ddk_jax.data.chat import TEMPLATE_FILE, ChatTemplate, read_template
+from ddk_jax.data.sources import Document, Turn
 from ddk_jax.errors import DataError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -99,6 +104,60 @@ class Tokenizer:
             for encoding in encodings
         ]
 
+    @functools.cached_property
+    def template(self) -> ChatTemplate:
+        """The chat template.
+
+        Raises:
+            DataError: the tokenizer has none.
+        """
+        return read_template(self.file)
+
+    def encode_rendered(
+        self, text: str, contents: Sequence[tuple[int, int]]
+    ) -> tuple[np.ndarray, Int32[np.ndarray, " tokens"], Int32[np.ndarray, " tokens"]]:
+        """Token ids of what a chat template wrote, and the characters where each begins and ends.
+
+        The special tokens of the template are control tokens; the same characters within a message
+        (`contents`: start and end of each) are text.
+        """
+        marks = [match.span() for match in self._specials.finditer(text)]
+        own = [
+            (start, stop)
+            for start, stop in marks
+            if all(stop <= first or start >= last for first, last in contents)
+        ]
+        if len(own) == len(marks):
+            pieces = [(0, self._with_specials.encode(text, add_special_tokens=False))]
+        else:
+            pieces = []
+            edges = [0, *(edge for mark in own for edge in mark), len(text)]
+            for number, (start, stop) in enumerate(pairwise(edges)):
+                encoder = self._with_specials if number % 2 else self._tokenizer
+                pieces.append((start, encoder.encode(text[start:stop], add_special_tokens=False)))
+        ids = [token for _, piece in pieces for token in piece.ids]
+        spans = [(first + a, first + b) for first, piece in pieces for a, b in piece.offsets]
+        starts, stops = np.asarray(spans, np.int32).reshape(-1, 2).T
+        return np.asarray(ids, np.uint32), starts, stops
+
+    def after_special(self, text: str, start: int) -> int:
+        """Where the special token ends that stands at `start`, or after spaces; else `start`."""
+        found = self._specials.match(text, len(text) - len(text[start:].lstrip(" ")))
+        return found.end() if found else start
+
+    @functools.cached_property
+    def _with_specials(self) -> tokenizers.Tokenizer:
+        """The same tokenizer, which takes the text of a special token for it."""
+        other = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+        other.encode_special_tokens = False
+        return other
+
+    @functools.cached_property
+    def _specials(self) -> re.Pattern[str]:
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        texts = sorted((one.content for one in added if one.special), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, texts)))
+
     def ends(self, ids: Sequence[int] | np.ndarray) -> tuple[str, Int32[np.ndarray, " tokens"]]:
         """The text of token ids without special tokens, and its characters after each token.
 
@@ -121,15 +180,28 @@ class Tokenizer:
         """Copy the tokenizer's files into a new directory."""
         directory.mkdir()
         shutil.copyfile(self.file, directory / "tokenizer.json")
-        for name in TOKENIZER_FILES[1:]:
+        for name in (*TOKENIZER_FILES[1:], TEMPLATE_FILE):
             if (self.file.parent / name).is_file():
                 shutil.copyfile(self.file.parent / name, directory / name)
 
 
+class Encoded(NamedTuple):
+    """A document in tokens.
+
+    Attributes:
+        ids: token ids, with the end token.
+        turns: where the role changes from prompt to response and back, as positions in `ids`; the
+            first token is of the prompt unless the first turn is at 0. An even number of turns.
+    """
+
+    ids: np.ndarray
+    turns: tuple[int, ...]
+
+
 def encode_documents(
     tokenizer: Tokenizer, documents: Sequence[Document]
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Token ids of each document with the end token, uint32, and the number of its prompt tokens.
+) -> Iterator[Encoded | str]:
+    """Each document in tokens, or the reason why it cannot be.
 
     The prompt of plain text is the whole document, end token included. Prompt and response are
     encoded apart, so that the same prompt has the same tokens whatever follows.
@@ -138,9 +210,45 @@ def encode_documents(
     encoded = tokenizer.encode(texts)
     end = np.asarray([tokenizer.end_id], dtype=np.uint32)
     for i, document in enumerate(documents):
+        if document.turns:
+            yield _encode_chat(tokenizer, document.turns)
+            continue
         prompt, response = encoded[2 * i], encoded[2 * i + 1]
         ids = np.concatenate([prompt, response, end])
-        yield ids, prompt.size if document.response else ids.size
+        if not prompt.size or (document.response and not response.size):
+            yield "the tokenizer makes no token of it"
+        elif np.any(ids[:-1] == tokenizer.end_id):
+            yield "the tokenizer takes a part of it for the end token"
+        else:
+            yield Encoded(ids, (prompt.size, ids.size) if document.response else ())
+
+
+def _encode_chat(tokenizer: Tokenizer, turns: Sequence[Turn]) -> Encoded | str:
+    """A conversation, tokenised as a whole.
+
+    What the assistant says, up to the special token that ends it, is the response. A token with any
+    character of it counts to it.
+    """
+    try:
+        text, contents = tokenizer.template.render(turns)
+    except ValueError as error:
+        return str(error)
+    said = text.rstrip()
+    if said.endswith(tokenizer.end_token) and len(said) >= contents[-1][1]:
+        text = said  # what the template writes after the end token is never predicted
+    ids, starts, stops = tokenizer.encode_rendered(text, contents)
+    in_response = np.zeros(ids.size, bool)
+    for turn, (start, stop) in zip(turns, contents, strict=True):
+        if turn.role == "assistant":
+            stop = tokenizer.after_special(text, stop)
+            in_response |= (starts < stop) & (stops > start)
+    if not in_response.any():
+        return "the tokenizer makes no token of what the assistant says"
+    if ids[-1] != tokenizer.end_id:
+        ids = np.append(ids, np.uint32(tokenizer.end_id))
+        in_response = np.append(in_response, turns[-1].role == "assistant")
+    changes = np.flatnonzero(np.diff(in_response, prepend=False, append=False))
+    return Encoded(ids, tuple(changes.tolist()))
 
 
 def same_tokens(ours: Tokenizer, theirs: Tokenizer, limit: int = 5) -> list[str]:
