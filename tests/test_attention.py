@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddk_jax.models.attention import attention
-from ddk_jax.models.decoder import causal_segment_mask
+from ddk_jax.models.attention import attention, causal_segment_mask
 
 QUICK: Any = {"xla_backend_optimization_level": 0}
 B, T, H, D = 2, 6, 4, 8
@@ -58,7 +57,7 @@ def reference(q: Any, k: Any, v: Any, d_out: Any) -> tuple[np.ndarray, ...]:
 
 @partial(jax.jit, compiler_options=QUICK)
 def run(q: Any, k: Any, v: Any, d_out: Any) -> tuple[jax.Array, ...]:
-    out, pull = jax.vjp(partial(attention, mask_BTT=jnp.asarray(MASK)), q, k, v)
+    out, pull = jax.vjp(partial(attention, mask_BTS=jnp.asarray(MASK), scale=D**-0.5), q, k, v)
     return out, *pull(d_out)
 
 
@@ -95,6 +94,26 @@ def test_equals_the_attention_of_jax() -> None:
 
     for got, want in zip(run(q, k, v, d_out), other(q, k, v, d_out), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("window", [1, 2, 6, 99])
+def test_a_window_shows_the_nearest_keys_of_the_segment(window: int) -> None:
+    segments = jnp.asarray([[1, 1, 1, 1, 1, 1], [1, 1, 2, 2, 0, 0]], jnp.int32)
+    behind = np.arange(T)[:, None] - np.arange(T)
+    expected = MASK & (behind < window)
+    np.testing.assert_array_equal(causal_segment_mask(segments, window), expected)
+
+
+def test_a_soft_cap_comes_behind_the_scale_and_before_the_mask() -> None:
+    q, k, v, _ = arrays(2)
+    queries = slice(2, 5)  # fewer queries than keys
+    given = (q[:, queries], k, v, MASK[:, queries])
+    found = attention(*map(jnp.asarray, given), scale=0.7, softcap=1.5)
+    scores = np.einsum("bthd,bshd->bhts", q, k.repeat(2, axis=2)) * 0.7
+    scores = np.where(MASK[:, None], 1.5 * np.tanh(scores / 1.5), -np.inf)
+    weights = np.exp(scores) / np.exp(scores).sum(axis=3, keepdims=True)
+    expected = np.einsum("bhts,bshd->bthd", weights, v.repeat(2, axis=2))
+    np.testing.assert_allclose(found, expected[:, queries], rtol=1e-4, atol=1e-5)
 
 
 def test_hidden_keys_have_no_influence() -> None:

@@ -10,138 +10,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoder_reference import (
+    QUICK,
+    SPEC,
+    documents,
+    layers_of,
+    logits_of,
+    numpy_states,
+    randomised,
+    reference,
+    regrouped,
+    run,
+)
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ddk_jax.models import hf
 from ddk_jax.models.collect import NOTHING, Collect, Collected
-from ddk_jax.models.decoder import Decoder, Params, segment_positions
-from ddk_jax.models.spec import ModelSpec
+from ddk_jax.models.decoder import Decoder, Params, num_parameters, segment_positions
 from ddk_jax.parallel import mesh
-
-QUICK = {"xla_backend_optimization_level": 0}
-"""Compiler options for programs that take longer to compile than to run."""
-SPEC = ModelSpec(
-    vocab_size=64,
-    hidden_size=32,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    ffn_size=48,
-    rope_theta=300.0,
-)
-
-
-def randomised(decoder: Decoder, seed: int = 0) -> Params:
-    """Parameters large enough that attention is far from uniform and norms matter."""
-    rng = np.random.default_rng(seed)
-
-    def leaf(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> jax.Array:
-        mean, scale = (1.0, 0.3) if "norm" in jax.tree_util.keystr(path) else (0.0, 0.25)
-        return jnp.asarray(rng.normal(mean, scale, shape.shape), jnp.float32)
-
-    return jax.tree_util.tree_map_with_path(leaf, decoder.abstract())
-
-
-def documents(*lengths: int, seed: int = 1) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, SPEC.vocab_size, length, dtype=np.int32) for length in lengths]
-
-
-def everything(spec: ModelSpec) -> Collect:
-    return Collect(hidden=tuple(range(spec.num_layers + 1)), qkv=tuple(range(spec.num_layers)))
-
-
-@partial(jax.jit, static_argnums=0, compiler_options=QUICK)
-def run(
-    decoder: Decoder, params: Params, tokens: jax.Array, segment_ids: jax.Array
-) -> tuple[jax.Array, Collected]:
-    """Logits, and all inner states."""
-    positions = segment_positions(segment_ids)
-    hidden, collected = decoder.apply(
-        params, tokens, segment_ids, positions, everything(decoder.spec)
-    )
-    return hidden @ decoder.head(params), collected
-
-
-def logits_of(
-    decoder: Decoder, params: Params, tokens: np.ndarray, segment_ids: np.ndarray | None = None
-) -> np.ndarray:
-    segments = np.ones_like(tokens) if segment_ids is None else segment_ids
-    return np.asarray(run(decoder, params, jnp.asarray(tokens), jnp.asarray(segments))[0])
-
-
-class States(NamedTuple):
-    """Of one document, by the reference."""
-
-    logits: Any
-    hidden: list[Any]
-    qkv: list[tuple[Any, Any, Any]]
-
-
-def reference(
-    layers: list[Params], params: Params, spec: ModelSpec, tokens: Any, xp: Any
-) -> States:
-    """The forward pass of one document, head by head, rotations as complex numbers.
-
-    Args:
-      layers: parameters of every layer.
-      params: embedding, norm and head.
-      spec: the model.
-      tokens: [T].
-      xp: numpy for float64, jax.numpy for gradients.
-    """
-    half = spec.head_width // 2
-    turns = xp.exp(
-        1j * np.arange(len(tokens))[:, None] * spec.rope_theta ** (-np.arange(half) / half)[None]
-    )
-
-    def norm(x: Any, scale: Any) -> Any:
-        return x / xp.sqrt((x**2).mean(-1, keepdims=True) + spec.norm_eps) * scale
-
-    def turned(x: Any) -> Any:
-        z = (x[:, :half] + 1j * x[:, half:]) * turns
-        return xp.concatenate([z.real, z.imag], -1)
-
-    x = params["embed"]["table"][tokens]
-    hidden, qkv = [], []
-    for layer in layers:
-        hidden.append(x)
-        y, attention = norm(x, layer["attn_norm"]["scale"]), layer["attn"]
-        q, k, v = (xp.einsum("te,ehd->thd", y, attention[name]) for name in "qkv")
-        qkv.append((q, k, v))
-        for h in range(spec.num_heads):
-            group = h // (spec.num_heads // spec.num_kv_heads)
-            scores = turned(q[:, h]) @ turned(k[:, group]).T / math.sqrt(spec.head_width)
-            scores = xp.where(np.tri(len(tokens), dtype=bool), scores, -np.inf)
-            weights = xp.exp(scores - scores.max(-1, keepdims=True))
-            weights /= weights.sum(-1, keepdims=True)
-            x = x + weights @ v[:, group] @ attention["o"][h]
-        y = norm(x, layer["mlp_norm"]["scale"])
-        gate = y @ layer["mlp"]["gate"]
-        x = x + (gate / (1 + xp.exp(-gate)) * (y @ layer["mlp"]["up"])) @ layer["mlp"]["down"]
-    head = params["embed"]["table"].T if spec.tied_head else params["head"]["kernel"]
-    hidden.append(norm(x, params["norm"]["scale"]))
-    return States(hidden[-1] @ head, hidden, qkv)
-
-
-def layers_of(params: Params, spec: ModelSpec) -> list[Params]:
-    """Parameters of every layer, out of the stacks and the tail."""
-    period, layers = len(spec.pattern), []
-    whole = spec.num_layers // period * period
-    for i in range(whole):
-        stack = params["layers"][str(i % period)]
-        layers.append(jax.tree.map(lambda leaf, i=i: leaf[i // period], stack))
-    return layers + [params["tail"][str(i)] for i in range(spec.num_layers - whole)]
-
-
-def numpy_states(params: Params, spec: ModelSpec, tokens: np.ndarray) -> States:
-    exact = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
-    return reference(layers_of(exact, spec), exact, spec, tokens, np)
-
-
-def numpy_logits(params: Params, spec: ModelSpec, tokens: np.ndarray) -> np.ndarray:
-    return numpy_states(params, spec, tokens).logits
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -151,7 +37,7 @@ def test_logits_equal_a_float64_reference(tied: bool) -> None:
     params = randomised(decoder)
     (tokens,) = documents(20)
     ours = logits_of(decoder, params, tokens[None])[0]
-    expected = numpy_logits(params, spec, tokens)
+    expected = numpy_states(params, spec, tokens).logits
     assert np.abs(ours - expected).max() < 1e-5 * np.abs(expected).max()
 
 
@@ -197,7 +83,7 @@ def test_packed_documents_equal_separate_ones_and_padding_has_no_influence() -> 
     np.testing.assert_array_equal(packed[:24], other_garbage[:24])
     start = 0
     for document in (first, second, third):
-        alone = numpy_logits(params, SPEC, document)
+        alone = numpy_states(params, SPEC, document).logits
         got = packed[start : start + len(document)]
         assert np.abs(got - alone).max() < 1e-5 * np.abs(alone).max()
         start += len(document)
@@ -220,28 +106,29 @@ def test_positions_restart_with_every_segment() -> None:
     np.testing.assert_array_equal(segment_positions(segments), expected)
 
 
-@pytest.mark.parametrize("num_layers", [1, 3])
-def test_layers_in_periods_and_in_the_tail_are_the_same_model(num_layers: int) -> None:
-    one = Decoder(spec=dataclasses.replace(SPEC, num_layers=num_layers))
-    two = Decoder(spec=dataclasses.replace(one.spec, pattern=("global", "global")))
+@pytest.mark.parametrize(
+    ("num_layers", "pattern"),
+    [(1, ("global",) * 2), (3, ("global",) * 2), (5, ("local", "global")), (7, ("local",) * 6)],
+)
+def test_layers_in_periods_and_in_the_tail_are_the_same_model(
+    num_layers: int, pattern: tuple[str, ...]
+) -> None:
+    tail = (pattern * num_layers)[: num_layers + 1]
+    specs = [
+        dataclasses.replace(SPEC, num_layers=num_layers, pattern=kinds, window=4)
+        for kinds in (pattern, tail)
+    ]
+    one, two = (Decoder(spec=spec) for spec in specs)
     params = randomised(one)
-    layers = params["layers"]["0"]
-    regrouped = {name: part for name, part in params.items() if name != "layers"}
-    whole = num_layers // 2 * 2
-    regrouped["layers"] = {
-        str(i): jax.tree.map(lambda leaf, i=i: leaf[i:whole:2], layers) for i in range(2) if whole
-    }
-    if num_layers % 2:
-        regrouped["tail"] = {"0": jax.tree.map(lambda leaf: leaf[-1], layers)}
-    shapes = jax.tree.map(jnp.shape, regrouped)
-    assert shapes == jax.tree.map(jnp.shape, two.abstract())
+    other = regrouped(params, *specs)
+    assert jax.tree.map(jnp.shape, other) == jax.tree.map(jnp.shape, two.abstract())
 
     tokens = jnp.asarray(np.stack(documents(12, 12)))
     segments = jnp.ones_like(tokens)
     jax.tree.map(
-        partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
+        partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4),
         run(one, params, tokens, segments),
-        run(two, regrouped, tokens, segments),
+        run(two, other, tokens, segments),
     )
 
 
@@ -421,7 +308,7 @@ def test_layers_that_cannot_be_collected_are_refused(wrong: Any, message: str) -
 def test_number_of_parameters_and_axes_match_the_tree(tied: bool, pattern: tuple[str, ...]) -> None:
     spec = dataclasses.replace(SPEC, tied_head=tied, pattern=pattern)
     abstract, axes = Decoder(spec=spec).abstract(), Decoder(spec=spec).logical_axes()
-    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract)) == spec.num_parameters
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract)) == num_parameters(spec)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(abstract))
     ranks = jax.tree.map(len, axes, is_leaf=lambda names: isinstance(names, tuple))
     assert ranks == jax.tree.map(lambda leaf: leaf.ndim, abstract)
@@ -467,7 +354,7 @@ def test_initial_values_do_not_depend_on_the_devices_or_on_the_pattern(
     together = lowered.compile(compiler_options=QUICK)
     jax.tree.map(np.testing.assert_array_equal, together(key), alone)
     # Every device makes its own part: it never holds a whole matrix, nor anything beside its part.
-    found, whole = together.memory_analysis(), 4 * SPEC.num_parameters
+    found, whole = together.memory_analysis(), 4 * num_parameters(SPEC)
     assert found.output_size_in_bytes + found.temp_size_in_bytes < whole / 2
 
     grouped = dataclasses.replace(SPEC, pattern=("global", "global"))
@@ -480,5 +367,4 @@ def test_bfloat16_computes_near_float32() -> None:
     params = randomised(decoder)
     tokens = np.stack(documents(24))
     exact, rough = logits_of(decoder, params, tokens), logits_of(rough_decoder, params, tokens)
-    assert rough.dtype == jnp.bfloat16
-    assert np.abs(rough.astype(np.float32) - exact).max() < 0.1 * np.abs(exact).max()
+    assert np.abs(rough - exact).max() < 0.1 * np.abs(exact).max()

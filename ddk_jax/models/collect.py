@@ -27,8 +27,9 @@ class Collect:
     """Which inner states a forward pass keeps; both lists increase."""
 
     hidden: tuple[int, ...] = ()
-    """Hidden states, counted as transformers does: 0 the embeddings, l < L the input of layer l,
-    L the normed final ones."""
+    """Hidden states, counted as transformers does for every family: 0 the embeddings as the first
+    layer reads them (scaled, positions added), l < L the input of layer l before its norm, L the
+    normed final ones."""
     qkv: tuple[int, ...] = ()
     """Layers, counted from 0, whose queries, keys and values are kept."""
 
@@ -43,7 +44,13 @@ NOTHING = Collect()
 
 
 class Projected(NamedTuple):
-    """Queries, keys and values of a layer as they are projected, before the rotation."""
+    """Queries, keys and values of a layer: biases added, queries and keys normed, not rotated.
+
+    They are what the attention compares, up to the rotation. Relations between tokens (MiniLM,
+    arXiv 2002.10957) are taken of these: before a query-key norm, their lengths would say nothing;
+    after the rotation, a relation would hold the distance of two tokens, which no model needs to
+    be taught.
+    """
 
     q: Float[Array, "B T H D"]
     k: Float[Array, "B T K D"]

@@ -1,28 +1,29 @@
-"""The one decoder: its parameters as Flax NNX modules, its forward pass as a pure function.
+"""The one decoder: parameters and forward pass as pure functions of a ModelSpec.
 
-Legend: B rows, T tokens, V vocabulary, E hidden, F inner MLP, H query heads, K key/value heads,
-D head width, L layers.
+Legend: B rows, T tokens, V vocabulary, E hidden, H query heads, K key/value heads, D head width,
+L layers.
 
 Parameters are a plain nested dict. The layers at one position of `spec.pattern` are stacked on a
 leading axis and scanned, so a deep model compiles as fast as a shallow one; layers that do not fill
-a whole period are unrolled (`tail`). Each parameter is described once, where its module declares
-it: shape, initial distribution and logical axes are held by its `nnx.Param`.
+a whole period are unrolled (`tail`). What a layer is, `layers.py` says.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ddk_jax.models.attention import attention
+from ddk_jax.losses.targets import Head
+from ddk_jax.models.attention import causal_segment_mask
+from ddk_jax.models.cache import Cache, KeyValues, Past, Rows, entries, visible_entries
 from ddk_jax.models.collect import (
     NOTHING,
     Collect,
@@ -34,134 +35,13 @@ from ddk_jax.models.collect import (
     keep,
     layer_slots,
 )
-from ddk_jax.models.initial import normal, parameter_keys
+from ddk_jax.models.layers import Inner, Layer, Norm, View
+from ddk_jax.models.lora import LowRank
+from ddk_jax.models.rope import is_long, rope_table
 from ddk_jax.models.spec import ModelSpec
+from ddk_jax.models.tree import Params, leaves
 
-Params: TypeAlias = dict[str, Any]
-Rope: TypeAlias = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
-
-INIT_STDDEV = 0.02
-
-
-def _matrix(shape: tuple[int, ...], axes: tuple[str, ...], gain: float = 1.0) -> Any:
-    """A matrix without values yet: its shape, its distribution, a logical name for each axis."""
-    abstract = jax.ShapeDtypeStruct(shape, jnp.float32)
-    return nnx.Param(abstract, axes=axes, mean=0.0, stddev=INIT_STDDEV * gain)
-
-
-class RMSNorm(nnx.Module):
-    """Root-mean-square norm with a learned scale; computed in float32."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        abstract = jax.ShapeDtypeStruct((size,), jnp.float32)
-        self.scale = nnx.Param(abstract, axes=("norm",), mean=1.0, stddev=0.0)
-        self.eps = eps
-
-    def __call__(self, x_BTE: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        """The normed input, in its own type."""
-        x = x_BTE.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        return (x * self.scale[...].astype(jnp.float32)[None, None, :]).astype(x_BTE.dtype)
-
-
-class Attention(nnx.Module):
-    """Causal grouped-query attention with rotary positions, within segments."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        E, H, K, D = spec.hidden_size, spec.num_heads, spec.num_kv_heads, spec.head_width
-        residual_gain = 1 / math.sqrt(2 * spec.num_layers)
-        self.q = _matrix((E, H, D), ("embed", "heads", "head_width"))
-        self.k = _matrix((E, K, D), ("embed", "kv_heads", "head_width"))
-        self.v = _matrix((E, K, D), ("embed", "kv_heads", "head_width"))
-        self.o = _matrix((H, D, E), ("heads", "head_width", "embed"), residual_gain)
-
-    def __call__(
-        self, x_BTE: Float[Array, "B T E"], rope: Rope, mask_BTT: Bool[Array, "B T T"]
-    ) -> tuple[Float[Array, "B T E"], Projected]:
-        """What the heads read together, projected back; and what they compared and read."""
-        q_BTHD, k_BTKD = linear(x_BTE, self.q[...]), linear(x_BTE, self.k[...])
-        v_BTKD = linear(x_BTE, self.v[...])
-        out_BTHD = attention(rotate(q_BTHD, rope), rotate(k_BTKD, rope), v_BTKD, mask_BTT)
-        projected = Projected(q_BTHD, k_BTKD, v_BTKD)
-        return linear(out_BTHD, self.o[...], contracted=2), projected
-
-
-class GatedMLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        E, F = spec.hidden_size, spec.ffn_size
-        self.gate = _matrix((E, F), ("embed", "ffn"))
-        self.up = _matrix((E, F), ("embed", "ffn"))
-        self.down = _matrix((F, E), ("ffn", "embed"), 1 / math.sqrt(2 * spec.num_layers))
-
-    def __call__(self, x_BTE: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        """The MLP's output, token by token."""
-        gate_BTF, up_BTF = linear(x_BTE, self.gate[...]), linear(x_BTE, self.up[...])
-        return linear(jax.nn.silu(gate_BTF) * up_BTF, self.down[...])
-
-
-class Layer(nnx.Module):
-    """Pre-norm decoder layer of one kind (see `spec.pattern`)."""
-
-    def __init__(self, spec: ModelSpec, kind: str) -> None:
-        assert kind == "global", kind
-        self.attn_norm = RMSNorm(spec.hidden_size, spec.norm_eps)
-        self.attn = Attention(spec)
-        self.mlp_norm = RMSNorm(spec.hidden_size, spec.norm_eps)
-        self.mlp = GatedMLP(spec)
-
-    def __call__(
-        self, x_BTE: Float[Array, "B T E"], rope: Rope, mask_BTT: Bool[Array, "B T T"]
-    ) -> tuple[Float[Array, "B T E"], Projected]:
-        """The residual stream after attention and MLP; and the attention's projections."""
-        with jax.named_scope("attention"):
-            read_BTE, projected = self.attn(self.attn_norm(x_BTE), rope, mask_BTT)
-            x_BTE = x_BTE + read_BTE
-        with jax.named_scope("mlp"):
-            return x_BTE + self.mlp(self.mlp_norm(x_BTE)), projected
-
-
-class Embedding(nnx.Module):
-    """Token embedding table; also the LM head of a tied model."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        self.table = _matrix((spec.vocab_size, spec.hidden_size), ("vocab_in", "embed"))
-
-
-class Head(nnx.Module):
-    """LM head of an untied model."""
-
-    def __init__(self, spec: ModelSpec) -> None:
-        self.kernel = _matrix((spec.hidden_size, spec.vocab_size), ("embed", "vocab"))
-
-
-def linear(
-    x: Float[Array, "B T *in"], kernel: Float[Array, "*in_and_out"], contracted: int = 1
-) -> Float[Array, "B T *out"]:
-    """Contract the last `contracted` axes of x with the first ones of the kernel.
-
-    Done as one product of two matrices: XLA's CPU backend computes the gradients of the
-    three-dimensional form about half as fast.
-    """
-    lead, out = x.shape[: x.ndim - contracted], kernel.shape[contracted:]
-    size = math.prod(kernel.shape[:contracted])
-    return (x.reshape(-1, size) @ kernel.reshape(size, -1)).reshape(*lead, *out)
-
-
-def rotate(x_BTHD: Float[Array, "B T H D"], rope: Rope) -> Float[Array, "B T H D"]:
-    """Rotary position embedding; pairs are (i, i + D/2), as in Hugging Face's Llama."""
-    cos, sin = (t[:, :, None, :].astype(x_BTHD.dtype) for t in rope)
-    a, b = jnp.split(x_BTHD, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-
-def rope_table(spec: ModelSpec, positions: Int[Array, "B T"]) -> Rope:
-    """Cosine and sine of the rotation angles, [B, T, D/2] each, float32."""
-    exponents = jnp.arange(0, spec.head_width, 2, dtype=jnp.float32) / spec.head_width
-    frequencies = jnp.float32(spec.rope_theta) ** -exponents
-    angles = positions.astype(jnp.float32)[:, :, None] * frequencies[None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+State = TypeVar("State")
 
 
 def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -171,11 +51,9 @@ def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return index - jax.lax.cummax(jnp.where(starts, index, jnp.int32(0)), axis=1)
 
 
-def causal_segment_mask(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """True where query t may see key s: s <= t, same segment."""
-    index = jnp.arange(segment_ids.shape[1])
-    causal = index[None, :, None] >= index[None, None, :]
-    return causal & (segment_ids[:, :, None] == segment_ids[:, None, :])
+def num_parameters(spec: ModelSpec) -> int:
+    """Parameters of the whole model, embeddings included, tied ones counted once."""
+    return sum(math.prod(leaf.abstract.shape) for leaf in jax.tree.leaves(leaves(spec)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,15 +74,15 @@ class Decoder:
 
         A layer's values do not depend on the pattern, and those of a matrix not on the others.
         """
-        return jax.tree.map(lambda leaf: leaf.draw(key), _leaves(self.spec))
+        return jax.tree.map(lambda leaf: leaf.draw(key), leaves(self.spec))
 
     def abstract(self) -> Params:
         """Shapes and types of `init`'s result."""
-        return jax.tree.map(lambda leaf: leaf.abstract, _leaves(self.spec))
+        return jax.tree.map(lambda leaf: leaf.abstract, leaves(self.spec))
 
     def logical_axes(self) -> Params:
         """A tuple of logical axis names in the place of every parameter."""
-        return jax.tree.map(lambda leaf: leaf.axes, _leaves(self.spec))
+        return jax.tree.map(lambda leaf: leaf.axes, leaves(self.spec))
 
     def apply(
         self,
@@ -227,52 +105,247 @@ class Decoder:
           The normed hidden states that `head` turns into logits, and the collected states.
 
         Raises:
-          ValueError: `collect` chooses a layer beyond the last.
+          ValueError: `collect` chooses a layer beyond the last, or a row is longer than the model's
+            table of learned positions.
         """
-        spec, period = self.spec, len(self.spec.pattern)
-        rope = rope_table(spec, positions)
-        mask = causal_segment_mask(segment_ids)
-        x = params["embed"]["table"][tokens].astype(self.dtype)
+        spec = self.spec
+        length = tokens.shape[1]
+        if spec.positions == "learned" and length > spec.max_positions:
+            raise ValueError(
+                f"rows of {length} tokens for a model with {spec.max_positions} learned positions: "
+                "shorten the rows"
+            )
+        visible = partial(causal_segment_mask, segment_ids)
+        views = self._views(positions, visible, long=is_long(spec, length))
+        x = self._embedded(params, tokens, positions)
         slots, kept = layer_slots(spec, collect), buffers(spec, collect, x)
+        run = {
+            kind: self._rematerialised(partial(self._layer, view)) for kind, view in views.items()
+        }
 
-        def layer(kind: str, x: Array, layer_params: Params) -> tuple[Array, Projected]:
-            return nnx.merge(_layer_graph(spec, kind), self._cast(layer_params))(x, rope, mask)
-
-        run = {kind: self._rematerialised(partial(layer, kind)) for kind in set(spec.pattern)}
-        State = tuple[Array, Collected]
-
-        def one_layer(kind: str, state: State, layer_params: Params, slot: Slots) -> State:
+        def step(
+            kind: str, layer_params: Params, number: Array, state: tuple[Array, Collected]
+        ) -> tuple[Array, Collected]:
             x, kept = state
-            out, projected = run[kind](x, layer_params)
+            out, projected = run[kind](layer_params, x)
+            slot = Slots(slots.hidden[number], slots.qkv[number])
             return out, keep(kept, slot, x, projected)
 
-        def one_period(state: State, part: tuple[Params, Slots]) -> tuple[State, None]:
-            for i, kind in enumerate(spec.pattern):
-                slot = Slots(part[1].hidden[i], part[1].qkv[i])
-                state = one_layer(kind, state, part[0][str(i)], slot)
-            return state, None
+        x, kept = self._through_layers(params, (x, kept), step)
+        hidden = self.final_norm(params, x)
+        return hidden, finish(kept, spec, collect, hidden)
 
-        state, whole = (x, kept), spec.num_layers // period * period
-        if whole:
-            by_period = jax.tree.map(lambda s: s[:whole].reshape(-1, period), slots)
-            state, _ = jax.lax.scan(one_period, state, (params["layers"], by_period))
-        for i in range(spec.num_layers - whole):
-            slot = jax.tree.map(lambda s, i=i: s[whole + i], slots)
-            state = one_layer(spec.pattern[i], state, params["tail"][str(i)], slot)
-        hidden = self.final_norm(params, state[0])
-        return hidden, finish(state[1], spec, collect, hidden)
+    def fold(
+        self,
+        params: Params,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        state: State,
+        visit: Callable[[State, Array, Array, Array, Inner], State],
+    ) -> State:
+        """What `visit(state, number, x, out, inner)` makes of all layers in turn.
+
+        Args:
+          params: as for `apply`.
+          tokens: likewise.
+          segment_ids: likewise.
+          positions: likewise.
+          state: where it begins.
+          visit: gets a layer's number, its input, its output, and what it computed in between.
+        """
+        visible = partial(causal_segment_mask, segment_ids)
+        views = self._views(positions, visible, long=is_long(self.spec, tokens.shape[1]))
+
+        def step(
+            kind: str, layer_params: Params, number: Array, so_far: tuple[Array, State]
+        ) -> tuple[Array, State]:
+            layer = nnx.merge(_layer_graph(self.spec), self._cast(layer_params))
+            x, state = so_far
+            out, _, _, inner = layer.watched(x, views[kind])
+            return out, visit(state, number, x, out, inner)
+
+        x = self._embedded(params, tokens, positions)
+        return self._through_layers(params, (x, state), step)[1]
+
+    def prefill(
+        self, params: Params, tokens: Int[Array, "B P"], rows: Rows, columns: int
+    ) -> tuple[Float[Array, "B E"], Cache]:
+        """Read prompts that end together.
+
+        Args:
+          params: as for `apply`.
+          tokens: the prompts, in the last columns.
+          rows: where the prompts start, and how long they may become.
+          columns: room for these and those to come.
+
+        Returns:
+          The final hidden states of the last column, and what the layers remember.
+        """
+        spec, (B, P) = self.spec, tokens.shape
+        column = jnp.arange(P, dtype=jnp.int32)[None, :]
+        positions = column - rows.starts[:, None]
+        visible = partial(causal_segment_mask, (positions >= 0).astype(jnp.int32))
+        positions = jnp.maximum(positions, 0)
+        views = self._views(positions, visible, long=is_long(spec, rows.longest))
+        x = self._embedded(params, tokens, positions)
+        shape = (spec.num_layers, B, P, spec.num_kv_heads, spec.head_width)
+        nothing = jnp.zeros(shape, self.dtype)
+
+        def step(
+            kind: str, layer_params: Params, number: Array, state: tuple[Array, KeyValues]
+        ) -> tuple[Array, KeyValues]:
+            layer = nnx.merge(_layer_graph(spec), self._cast(layer_params))
+            x, _, read = layer(state[0], views[kind])
+            return x, jax.tree.map(lambda kept, new: kept.at[number].set(new), state[1], read)
+
+        x, read = self._through_layers(params, (x, KeyValues(nothing, nothing)), step)
+
+        def remembered(layer: int) -> KeyValues:
+            size = min(columns, spec.window) if self._kind(layer) == "local" else columns
+            return entries(jax.tree.map(lambda x: x[layer], read), size)
+
+        cache = tuple(remembered(i) for i in range(spec.num_layers))
+        return self.final_norm(params, x[:, -1:])[:, 0], cache
+
+    def extend(
+        self,
+        params: Params,
+        layers: Sequence[Params],
+        tokens: Int[Array, "B"],
+        column: Int[Array, ""],
+        rows: Rows,
+        cache: Cache,
+    ) -> tuple[Float[Array, "B E"], Cache]:
+        """Read one more column.
+
+        Args:
+          params: as for `prefill`.
+          layers: as from `unstacked`.
+          tokens: of the column.
+          column: its number.
+          rows: as for `prefill`.
+          cache: what the layers remember.
+
+        Returns:
+          As `prefill` does.
+        """
+        positions = (column - rows.starts)[:, None]
+        sizes = {self._kind(i): kept.k.shape[1] for i, kept in enumerate(cache)}
+
+        def visible(window: int) -> Bool[Array, "B 1 S"]:
+            return visible_entries(column, rows.starts, sizes["local" if window else "global"])
+
+        views = self._views(positions, visible, long=is_long(self.spec, rows.longest))
+        x = self._embedded(params, tokens[:, None], positions)
+        remembered = []
+        for i, (layer_params, kept) in enumerate(zip(layers, cache, strict=True)):
+            layer = nnx.merge(_layer_graph(self.spec), layer_params)
+            x, _, kept = layer(x, views[self._kind(i)], Past(kept, column))
+            remembered.append(kept)
+        return self.final_norm(params, x)[:, 0], tuple(remembered)
+
+    def unstacked(self, params: Params) -> list[Params]:
+        """The parameters of every layer, in the type that they are used in.
+
+        A loop over new tokens reads all of them for each. Cutting them out of the stack there would
+        copy every one first, which on CPU takes twice as long as the reading.
+        """
+        period = len(self.spec.pattern)
+        whole = self.spec.num_layers // period * period
+        found = []
+        for i in range(self.spec.num_layers):
+            if i < whole:
+                stack = params["layers"][str(i % period)]
+                one = jax.tree.map(lambda leaf, i=i: leaf[i // period], stack)
+            else:
+                one = params["tail"][str(i - whole)]
+            found.append(self._cast(one))
+        return found
+
+    def _kind(self, layer: int) -> str:
+        return self.spec.pattern[layer % len(self.spec.pattern)]
 
     def final_norm(self, params: Params, x_BTE: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         """The norm behind the last layer: what it gives is what `head` reads."""
         return nnx.merge(_norm_graph(self.spec), params["norm"])(x_BTE)
 
-    def head(self, params: Params) -> Float[Array, "E V"]:
-        """The matrix that turns hidden states into logits."""
-        kernel = params["embed"]["table"].T if self.spec.tied_head else params["head"]["kernel"]
-        return kernel.astype(self.dtype)
+    def head(self, params: Params) -> Head:
+        """What turns hidden states into logits; `targets.finish` does it."""
+        tied = self.spec.tied_head
+        kernel = params["embed"]["table"].T if tied else params["head"]["kernel"]
+        cap = self.spec.logit_softcap
+        return Head(kernel.astype(self.dtype), softcap=jnp.float32(cap) if cap else None)
+
+    def _embedded(
+        self, params: Params, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
+    ) -> Float[Array, "B T E"]:
+        """The input of the first layer."""
+        spec, tables = self.spec, params["embed"]
+        x = tables["table"][tokens].astype(self.dtype)
+        if spec.scaled_embedding:
+            x = x * jnp.asarray(math.sqrt(spec.hidden_size), self.dtype)
+        if spec.positions == "learned":
+            x = x + tables["positions"][positions].astype(self.dtype)
+        return x
+
+    def _views(
+        self,
+        positions: Int[Array, "B T"],
+        visible: Callable[[int], Bool[Array, "B T S"]],
+        *,
+        long: bool | Bool[Array, "B"],
+    ) -> dict[str, View]:
+        """What tokens know of each other, for the kinds of layers that the model has.
+
+        Args:
+          positions: of the tokens.
+          visible: from the window of a kind, 0 for none, to its mask.
+          long: as in `rope_table`.
+        """
+        spec = self.spec
+
+        def view(kind: str) -> View:
+            mask = visible(spec.window if kind == "local" else 0)
+            if spec.positions == "learned":
+                return View(mask, None)
+            return View(mask, rope_table(spec, kind, positions, long=long))
+
+        return {kind: view(kind) for kind in sorted(set(spec.pattern[: spec.num_layers]))}
+
+    def _layer(
+        self, view: View, layer_params: Params, x: Float[Array, "B T E"]
+    ) -> tuple[Float[Array, "B T E"], Projected]:
+        out, projected, _ = nnx.merge(_layer_graph(self.spec), self._cast(layer_params))(x, view)
+        return out, projected
+
+    def _through_layers(
+        self,
+        params: Params,
+        state: State,
+        step: Callable[[str, Params, Array, State], State],
+    ) -> State:
+        """The state after `step(kind, parameters, number, state)` of every layer in turn."""
+        spec, period = self.spec, len(self.spec.pattern)
+        whole = spec.num_layers // period * period
+
+        def one_period(state: State, part: tuple[Params, Array]) -> tuple[State, None]:
+            for i, kind in enumerate(spec.pattern):
+                state = step(kind, part[0][str(i)], part[1] + i, state)
+            return state, None
+
+        if whole:
+            first = jnp.arange(0, whole, period, dtype=jnp.int32)
+            state, _ = jax.lax.scan(one_period, state, (params["layers"], first))
+        for i in range(spec.num_layers - whole):
+            state = step(spec.pattern[i], params["tail"][str(i)], jnp.int32(whole + i), state)
+        return state
 
     def _cast(self, params: Params) -> Params:
-        return jax.tree.map(lambda leaf: leaf.astype(self.dtype), params)
+        def ready(leaf: Array | LowRank) -> Array:
+            return (leaf.added() if isinstance(leaf, LowRank) else leaf).astype(self.dtype)
+
+        return jax.tree.map(ready, params, is_leaf=lambda node: isinstance(node, LowRank))
 
     def _rematerialised(self, function: Callable[..., Any]) -> Callable[..., Any]:
         if self.remat == "none":
@@ -283,86 +356,11 @@ class Decoder:
         return jax.checkpoint(function, policy=policy)
 
 
-@dataclass(frozen=True)
-class _Leaf:
-    """One parameter, without values: of the model, or of the layers at one position."""
-
-    name: str
-    """Within its layer: the same for all of them."""
-    shape: tuple[int, ...]
-    """Of one layer's matrix."""
-    axes: tuple[str, ...]
-    """Logical names of all axes, that of the stacked layers included."""
-    mean: float
-    stddev: float
-    layers: range
-    """The layers that it belongs to; what belongs to none counts as layer 0."""
-
-    @property
-    def abstract(self) -> jax.ShapeDtypeStruct:
-        """Shape and type."""
-        stacked = len(self.axes) > len(self.shape)
-        shape = (len(self.layers), *self.shape) if stacked else self.shape
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    def draw(self, key: Array) -> Array:
-        """Random values."""
-        shape = self.abstract.shape
-        if not self.stddev:
-            return jnp.full(shape, self.mean, jnp.float32)
-        values = normal(parameter_keys(key, self.name, self.layers), self.shape)
-        return (self.mean + self.stddev * values).reshape(shape)
-
-
 @cache
-def _leaves(spec: ModelSpec) -> Params:
-    """The parameter tree with descriptions as its leaves. Not to be changed: it is shared."""
-    period = len(spec.pattern)
-    whole = spec.num_layers // period * period
-    one = range(1)
-
-    tree: Params = {"embed": _described(Embedding(spec), "embed", one)}
-    if not spec.tied_head:
-        tree["head"] = _described(Head(spec), "head", one)
-    tree["norm"] = _described(RMSNorm(spec.hidden_size, spec.norm_eps), "norm", one)
-    tree["layers"] = {
-        str(i): _described(Layer(spec, kind), "layer", range(i, whole, period), stacked=True)
-        for i, kind in enumerate(spec.pattern if whole else ())
-    }
-    if whole < spec.num_layers:
-        tree["tail"] = {
-            str(i): _described(
-                Layer(spec, spec.pattern[i]), "layer", range(whole + i, whole + i + 1)
-            )
-            for i in range(spec.num_layers - whole)
-        }
-    return tree
-
-
-def _described(module: nnx.Module, name: str, layers: range, *, stacked: bool = False) -> Params:
-    """The parameters of a module."""
-    tree: Params = {}
-    for path, param in nnx.to_flat_state(nnx.state(module, nnx.Param)):
-        *parents, last = map(str, path)
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = _Leaf(
-            name=".".join([name, *parents, last]),
-            shape=param.get_value().shape,
-            axes=("layers", *param.axes) if stacked else param.axes,
-            mean=param.mean,
-            stddev=param.stddev,
-            layers=layers,
-        )
-    return tree
-
-
-@cache
-def _layer_graph(spec: ModelSpec, kind: str) -> Any:
-    return nnx.graphdef(Layer(spec, kind))
+def _layer_graph(spec: ModelSpec) -> Any:
+    return nnx.graphdef(Layer(spec))
 
 
 @cache
 def _norm_graph(spec: ModelSpec) -> Any:
-    return nnx.graphdef(RMSNorm(spec.hidden_size, spec.norm_eps))
+    return nnx.graphdef(Norm(spec, (spec.hidden_size,)))
