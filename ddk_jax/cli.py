@@ -9,6 +9,7 @@ output; 75 another process holds the run; 130 interrupted.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json as json_format
 import logging
@@ -19,11 +20,12 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
+import yaml
 from tqdm import tqdm
-from tyro.conf import FlagCreatePairsOff, Positional, arg
+from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, Positional, arg
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from ddk_jax import __version__
@@ -31,13 +33,18 @@ from ddk_jax.config import (
     Config,
     DataConfig,
     DomainConfig,
+    FilterConfig,
+    LoraConfig,
     OtherTeacherConfig,
     ScheduleConfig,
+    SharedSourceConfig,
     SourceConfig,
+    StudentConfig,
     TeacherConfig,
     load_config,
 )
 from ddk_jax.errors import StorageError, UserError
+from ddk_jax.models.spec import ModelSpec, RopeScaling
 from ddk_jax.plain import suggest
 
 _log = logging.getLogger(__name__)
@@ -63,11 +70,16 @@ def quickstart(
     run(dir, steps=steps, seed=seed)
 
 
-def prepare(config: Settings) -> None:
-    """Tokenise the config's sources into shards for training, once."""
-    from ddk_jax.data.prepare import prepare as write_shards
+def prepare(config: Settings, workers: int = 0) -> None:
+    """Tokenise the config's sources into shards for training, once.
 
-    write_shards(config.data, progress=_log.info)
+    Args:
+      config: its data part is what counts.
+      workers: processes, which change nothing about the result; 0: one for each core.
+    """
+    from ddk_jax.training.corpus import prepare_corpus
+
+    prepare_corpus(config, progress=_log.info, workers=workers)
 
 
 def train(config: Settings) -> None:
@@ -101,7 +113,7 @@ def evaluate(
     """Measure a model on the validation split of every domain, or score it on tasks.
 
     Args:
-      model: Hugging Face directory, or run directory (its newest student).
+      model: Hugging Face directory or hub id, or run directory (its newest student).
       data: directory of prepared data; a run has its own.
       rows: rows of each domain; 0: all of them.
       seq_len: tokens that a row predicts; 0: as in the run, or as the model allows, at most 1024.
@@ -143,19 +155,46 @@ def evaluate(
 
 def export(
     run: Annotated[Positional[Path], arg(metavar="RUN")],
-    out: Annotated[Positional[Path | None], arg(metavar="[OUT]")] = None,
+    out: Annotated[Positional[str | None], arg(metavar="[OUT]")] = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> None:
     """Write a run's newest student as a Hugging Face directory with tokenizer and model card.
 
     Args:
       run: run directory.
-      out: where to; default: RUN/export.
+      out: where to, also gs://...; default: RUN/export.
       dtype: type of the weights.
     """
     from ddk_jax.training.export import export_run
 
-    print(export_run(run, out or run / "export", dtype=dtype))
+    print(export_run(run, out or str(run / "export"), dtype=dtype))
+
+
+def import_(
+    file: Annotated[Positional[Path], arg(metavar="FILE.gguf")],
+    out: Annotated[Positional[str], arg(metavar="OUT")],
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    tokenizer: Path | None = None,
+    end_token: str = "",
+) -> None:
+    """Convert a GGUF file (llama.cpp) into a Hugging Face directory, tokenizer included.
+
+    Args:
+      file: of the architecture `llama`: Llama, Mistral, SmolLM2, ...; any quantisation.
+      out: where to.
+      dtype: type of the weights.
+      tokenizer: directory with the model's tokenizer.json, where the file's cannot be rebuilt.
+      end_token: control token that ends a document; default: the file's end token, which in a chat
+        model may be the end of a turn.
+    """
+    from ddk_jax.models.gguf.convert import import_gguf
+    from ddk_jax.training.transfer import TransferLine
+
+    with TransferLine(file.name) as line:
+        import_gguf(
+            file, out, dtype=dtype, tokenizer=tokenizer, end_token=end_token, progress=line.update
+        )
+    print(out)
 
 
 def report(
@@ -176,44 +215,60 @@ def report(
 
 def generate(
     model: Model,
-    prompts: Annotated[Positional[tuple[str, ...]], arg(metavar="PROMPT...")],
+    texts: Annotated[Positional[tuple[str, ...]], arg(metavar="[PROMPT...]")] = (),
+    prompts: Path | None = None,
+    chat: Flag = False,
     max_new_tokens: int = 64,
     temperature: float = 0.8,
     top_k: int = 40,
+    top_p: float = 1.0,
+    stop: tuple[str, ...] = (),
     seed: int = 0,
 ) -> None:
-    """Continue prompts with a model.
+    """Continue prompts with a model, all at once.
 
     Args:
-      model: Hugging Face directory, or run directory (its newest student).
-      prompts: texts to continue.
+      model: Hugging Face directory or hub id, or run directory (its newest student).
+      texts: texts to continue.
+      prompts: file with more of them, one in a line.
+      chat: put each prompt into the tokenizer's chat template, and print the answers alone.
       max_new_tokens: tokens to add at most.
       temperature: of the softmax; 0 takes the most probable token.
       top_k: choose among this many most probable tokens; 0: all.
+      top_p: choose among the fewest most probable tokens that together have this probability.
+      stop: tokens that end a text, besides the model's own.
       seed: the same seed gives the same text.
     """
     import jax
 
     from ddk_jax.data.tokenize import Tokenizer
-    from ddk_jax.models.generate import generate as continuations
+    from ddk_jax.models.sampling import Sampling
+    from ddk_jax.samples import continued_texts, read_prompts, stop_tokens
     from ddk_jax.training.trained import open_model
 
-    if not prompts:
-        raise UserError("name at least one prompt, in quotes")
+    given = [*texts, *(read_prompts(prompts) if prompts else ())]
+    if not given:
+        raise UserError("name at least one prompt, in quotes, or a file of them with --prompts")
     opened = open_model(model)
     tokenizer = Tokenizer(opened.tokenizer)
-    found = continuations(
-        opened.decoder,
-        opened.params,
-        [ids.tolist() for ids in tokenizer.encode(prompts)],
+    sampling = Sampling(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
-        end_id=tokenizer.end_id,
-        key=jax.random.key(seed),
+        top_p=top_p,
+        stop=stop_tokens(tokenizer, stop),
     )
-    texts = [text + tokenizer.decode(ids) for text, ids in zip(prompts, found, strict=True)]
-    print("\n\n".join(texts))
+    added = continued_texts(
+        opened.decoder,
+        opened.params,
+        tokenizer,
+        given,
+        sampling,
+        key=jax.random.key(seed),
+        chat=chat,
+    )
+    whole = added if chat else [text + more for text, more in zip(given, added, strict=True)]
+    print("\n\n".join(whole))
 
 
 def inspect(path: Annotated[Positional[str], arg(metavar="PATH")]) -> None:
@@ -225,6 +280,91 @@ def inspect(path: Annotated[Positional[str], arg(metavar="PATH")]) -> None:
     from ddk_jax.inspection import describe
 
     print(describe(path))
+
+
+def prune(
+    teacher: Annotated[Positional[str], arg(metavar="TEACHER")],
+    data: str,
+    out: str,
+    layers: int = 0,
+    hidden: int = 0,
+    kv_heads: int = 0,
+    ffn: int = 0,
+    method: Literal["gradient", "activation", "first"] = "gradient",
+    rows: int = 16,
+    seq_len: int = 0,
+    seed: int = 0,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+) -> None:
+    """Cut a student from a teacher: the layers, widths and heads that matter most on data.
+
+    Args:
+      teacher: Hugging Face directory or hub id.
+      data: directory of prepared data, which the importance is measured on.
+      out: where to write the student, a Hugging Face directory.
+      layers: that are left; 0: all.
+      hidden: width of the residual stream that is left; 0: all.
+      kv_heads: key/value heads of every layer that are left, with their query heads; 0: all.
+      ffn: inner width of the MLPs that is left; 0: all.
+      method: what the importance follows from: the gradients of the loss, the activations, or
+        nothing (the first parts are left).
+      rows: rows of each domain that are read.
+      seq_len: tokens that a row predicts; 0: as many as the model allows, at most 512.
+      seed: draws the rows.
+      dtype: type of the weights.
+    """
+    from ddk_jax.inspection import pruning_table
+    from ddk_jax.models.prune import Size
+    from ddk_jax.training.pruning import prune_model
+
+    result = prune_model(
+        teacher,
+        out,
+        data=data,
+        size=Size(layers=layers, hidden=hidden, groups=kv_heads, neurons=ffn),
+        method=method,
+        rows=rows,
+        seq_len=seq_len,
+        seed=seed,
+        dtype=dtype,
+    )
+    print(f"{pruning_table(result)}\n\n{out}")
+
+
+def advise(
+    config: Annotated[Positional[Path | None], arg(metavar="[CONFIG]")] = None,
+    student: str = "",
+    teacher: tuple[str, ...] = (),
+    tokens: str = "",
+    teacher_tokens: str = "",
+    teacher_nats: tuple[float, ...] = (),
+    json: Flag = False,
+) -> None:
+    """Say which teacher suits a student, or which student a teacher, by two published laws.
+
+    Args:
+      config: YAML file whose student, teachers and tokens are meant where none are named here.
+      student: model directory, or a size such as 350M.
+      teacher: the same; several are ranked.
+      tokens: that the student is trained on, such as 15B.
+      teacher_tokens: that the teachers were trained on; default: 20 a parameter.
+      teacher_nats: losses of the teachers where they are known, instead.
+      json: print one JSON object: student, best_teacher (parameters), outlook (by the scaling law),
+        candidates (teacher, ratio, warning, prediction).
+    """
+    from ddk_jax.advice import advice_text
+    from ddk_jax.advice import advise as ask
+    from ddk_jax.training.metrics import to_json
+
+    advice = ask(
+        config,
+        student=student,
+        teachers=teacher,
+        tokens=tokens,
+        teacher_tokens=teacher_tokens,
+        teacher_nats=teacher_nats,
+    )
+    print(json_format.dumps(to_json(advice)) if json else advice_text(advice))
 
 
 def doctor(config: Settings, json: Flag = False) -> None:
@@ -251,26 +391,38 @@ def doctor(config: Settings, json: Flag = False) -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    command.__name__: command
+    command.__name__.rstrip("_"): command
     for command in (
         quickstart,
         prepare,
         train,
         evaluate,
         export,
+        import_,
         report,
         generate,
         inspect,
+        prune,
+        advise,
         doctor,
     )
 }
 _CONFIGURED = ("prepare", "train", "doctor")
 
+_SOURCE = SourceConfig(
+    path="PATH", filters=(FilterConfig(field="FIELD", test="equals", value="VALUE"),)
+)
 # For --help without a file: a domain with a source, so that their fields are listed too; likewise
-# a second teacher.
+# a second teacher, and what may be absent.
 _EXAMPLE = Config(
-    data=DataConfig(domains=(DomainConfig(name="NAME", sources=(SourceConfig(path="PATH"),)),)),
+    data=DataConfig(
+        domains=(DomainConfig(name="NAME", sources=(_SOURCE,)),),
+        shared=(SharedSourceConfig(source=_SOURCE, field="FIELD", domains={"VALUE": "NAME"}),),
+    ),
     teacher=TeacherConfig(path="PATH", others=(OtherTeacherConfig(path="PATH"),)),
+    student=StudentConfig(
+        spec=ModelSpec(rope_scaling=RopeScaling(kind="linear")), lora=LoraConfig(rank=8)
+    ),
 )
 
 
@@ -330,9 +482,11 @@ def parse(name: str, words: list[str]) -> Callable[[], None]:
 
     if name in _CONFIGURED:
         usage += " [CONFIG]" if name == "doctor" else " CONFIG"
-        config, words = _read_config(usage, words)
+        config, words = _with_settings(*_read_config(usage, words))
         bind = functools.partial(bind, config=config)
-    return tyro.cli(bind, args=words, prog=usage, registry=_numbers())
+    # A part of the config that may be absent has options where the file has it.
+    parts = (AvoidSubcommands,)
+    return tyro.cli(bind, args=words, prog=usage, config=parts, registry=_numbers())
 
 
 def _numbers() -> ConstructorRegistry:
@@ -363,6 +517,32 @@ def _read_config(usage: str, words: list[str]) -> tuple[Config, list[str]]:
     if usage.startswith("ddk doctor"):
         return Config(), words
     raise UserError(f"{usage} [--section.field VALUE ...]: name the YAML file before any option")
+
+
+def _with_settings(config: Config, words: list[str]) -> tuple[Config, list[str]]:
+    """Take `--mixture.KEY VALUE` where KEY is no field: a setting of the controller."""
+    fields = {field.name for field in dataclasses.fields(config.mixture)}
+    settings, rest = dict(config.mixture.settings), []
+    waiting = iter(words)
+    for word in waiting:
+        key, is_pair, value = word.removeprefix("--mixture.").partition("=")
+        key = key.replace("-", "_")
+        if not word.startswith("--mixture.") or key.split(".")[0] in fields:
+            rest.append(word)
+        elif (value := value if is_pair else next(waiting, "")) == "":
+            raise UserError(f"--mixture.{key}: needs a value")
+        else:
+            settings[key] = _scalar(value)
+    mixture = dataclasses.replace(config.mixture, settings=settings)
+    return dataclasses.replace(config, mixture=mixture), rest
+
+
+def _scalar(text: str) -> Any:
+    """What the text would be in YAML."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _overview() -> str:

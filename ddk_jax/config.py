@@ -23,6 +23,13 @@ from ddk_jax.plain import from_plain, to_plain
 ASSETS = "assets:"
 
 
+def _refuse_address(field: str, path: str) -> None:
+    if "://" in path:
+        raise ValueError(
+            f"{field} = {path!r}: has to be a folder on a disk; buckets do not work yet"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Where the run lives and what makes it reproducible."""
@@ -36,22 +43,67 @@ class RunConfig:
     log_every_steps: int = 10
     """Steps between two plain progress lines; metrics.jsonl has every step."""
 
+    def __post_init__(self) -> None:
+        _refuse_address("run.dir", self.dir)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterConfig:
+    """A test that a row has to pass to be read; those that fail are counted."""
+
+    field: str
+    """Column; dots lead into nested objects (`meta.language`), `@file` is the file's name."""
+    test: Literal[
+        "equals", "in", "not_in", "matches", "at_least", "at_most", "min_chars", "max_chars"
+    ]
+    """`matches` has `*`, `?` and `[...]` as in file names; `min_chars` counts a text's length."""
+    value: Any
+    """What the field is compared with: a list for `in` and `not_in`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One origin of documents: JSONL (also .gz, .xz) or text; a file, a folder or a glob."""
+    """One origin of documents; `docs/data.md` lists the kinds."""
 
     path: str
-    """File, folder or glob. `assets:NAME` is a file shipped in the package."""
+    """File, folder or glob, local or `gs://`. `assets:NAME` is a file shipped in the package,
+    `tfds:NAME/CONFIG` a TFDS data set, `hf:NAME` one of Hugging Face `datasets`."""
+    split: str = "train"
+    """Split of a TFDS or Hugging Face data set."""
+    data_dir: str = ""
+    """Folder with TFDS data sets. Empty: that of TFDS itself."""
+    revision: str = ""
+    """Commit of a Hugging Face data set on the hub; unused for a folder."""
     text: str = "text"
-    """JSONL column that holds the text of a document; unused when `prompt` is given. A row without
-    it that has `query`, `choices` and `gold` is a multiple-choice question (`docs/tasks.md`)."""
+    """Column that holds the text of a document; unused when `prompt` or `messages` is given. Dots
+    lead into nested objects. A row of JSONL without it that has `query`, `choices` and `gold` is a
+    multiple-choice question (`docs/tasks.md`)."""
     prompt: str = ""
-    """JSONL column of the prompt. Together with `response` it replaces `text`."""
+    """Column of the prompt. Together with `response` it replaces `text`."""
     response: str = ""
-    """JSONL column of the response to the prompt."""
+    """Column of the response to the prompt."""
+    messages: str = ""
+    """Column of a conversation: a list of `role` and `content`, written with the chat template of
+    the tokenizer. It replaces `text`."""
+    encoding: str = "utf-8"
+    """Encoding of text files; JSON lines are UTF-8."""
+    filters: tuple[FilterConfig, ...] = ()
+    """Tests that every row has to pass."""
     licence: str = ""
     """Licence of the text, copied to the manifest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedSourceConfig:
+    """A source whose rows belong to several domains, by the value of a field."""
+
+    source: SourceConfig
+    """Where the rows come from."""
+    field: str
+    """Column that decides; dots lead into nested objects, `@file` is the file's name."""
+    domains: dict[str, str]
+    """Domain for each value: `{RedPajamaC4: c4}`. Values are patterns as in file names, and the
+    first that fits counts. Rows with another value are left out and counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +112,14 @@ class DomainConfig:
 
     name: str
     """Name in tables, figures and metrics; a plain file name, since shards are stored under it."""
-    sources: tuple[SourceConfig, ...]
-    """Where the documents come from."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Where the documents come from, besides `data.shared`."""
+    max_documents: int = 0
+    """Documents that are kept, chosen by hash: the same ones on every machine. 0: all."""
+    max_tokens: int = 0
+    """Tokens that are kept, likewise; the document that passes the limit is left out. 0: all."""
+    max_epochs: float = 0.0
+    """How often the mixture may go through the domain. 0: as often as its weight asks for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +129,23 @@ class DataConfig:
     dir: str = "data/default"
     """Directory of the prepared token shards and their manifest."""
     tokenizer: str = ""
-    """Directory with a `tokenizer.json`, or that file. Must be the teacher's."""
+    """Directory with a `tokenizer.json`, or that file. Empty: the teacher's, which it must equal."""
     seq_len: int = 1024
     """Tokens that a row predicts (a row holds one more)."""
+    packing: Literal["sequential", "best_fit"] = "sequential"
+    """How documents fill training rows: one after the other, cut where a row ends; or so that none
+    is cut that fits a row, with some padding."""
     domains: tuple[DomainConfig, ...] = ()
     """The domains, in the order in which weights and metrics list them."""
+    shared: tuple[SharedSourceConfig, ...] = ()
+    """Sources that hold several of the domains."""
     validation_fraction: float = 0.05
     """Share of the documents (by hash of their text) that is held out for evaluation."""
     max_rejected_fraction: float = 0.01
     """`prepare` refuses when a larger share of the documents of a domain was quarantined."""
+
+    def __post_init__(self) -> None:
+        _refuse_address("data.dir", self.dir)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +153,9 @@ class OtherTeacherConfig:
     """One more teacher."""
 
     path: str
-    """Hugging Face model directory."""
+    """Hugging Face model directory, or hub id."""
+    revision: str = ""
+    """Commit or tag of a Hugging Face hub repository; unused for a directory."""
     weight: float = 1.0
     """Its weight among the teachers."""
     domains: dict[str, float] = field(default_factory=dict)
@@ -99,7 +167,10 @@ class TeacherConfig:
     """The frozen model that is distilled."""
 
     path: str = ""
-    """Hugging Face model directory. Empty: no teacher, for training on labels alone."""
+    """Hugging Face model directory, or hub id (`owner/name`). Empty: no teacher, for training on
+    labels alone."""
+    revision: str = ""
+    """Commit or tag of a Hugging Face hub repository; unused for a directory."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type that the weights are held in; `auto` is the compute type."""
     weight: float = 1.0
@@ -114,15 +185,33 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (LoRA, arXiv 2106.09685)."""
+
+    rank: int
+    """Inner width of an adapter."""
+    alpha: float = 0.0
+    """An adapter is multiplied by alpha / rank. 0: by 2."""
+    targets: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+    """Matrices of every layer that have one; those that a family lacks are passed over."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StudentConfig:
     """The model that is trained: from a directory, or from random initialisation."""
 
     path: str = ""
-    """Hugging Face model directory to start from. Empty: random values in the shape of `spec`."""
+    """Hugging Face model directory, or hub id, to start from. Empty: random values in the shape of
+    `spec`."""
+    revision: str = ""
+    """Commit or tag of a Hugging Face hub repository; unused for a directory."""
     spec: ModelSpec = field(default_factory=ModelSpec)
     """Shape of a randomly initialised student; unused when `path` is given."""
     frozen: bool = False
     """Leave the student as it is, and train the learned parameters of the objective alone."""
+    lora: LoraConfig | None = None
+    """Train adapters on a student from `path`, which itself stays as it is; an export has them
+    merged. Absent: the whole student learns."""
     remat: Literal["none", "full", "dots"] = "none"
     """What the backward pass recomputes: nothing, every layer, or all but its matrix products."""
 
@@ -189,20 +278,26 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureConfig:
-    """How the data mixture follows the measured gap to the teacher."""
+    """How the data mixture follows measurements. Other keys are the controller's, such as `gap`."""
 
     controller: str = "ddk"
-    """`ddk` (equations 1 and 2), `ddk_without_smoothing` (equation 1 afresh), or `static`."""
-    gap: str = "ppl_ratio"
-    """`ppl_ratio` (the paper), `loss_difference` or `loss_ratio`."""
-    alpha: float = 0.5
-    """Share of the measured weights in equation 2; the rest is uniform."""
-    prior: Literal["uniform", "natural"] = "uniform"
-    """Weights of `static`, and of the warm-up: equal, or by the domains' training tokens."""
+    """Name of the controller; `docs/mixture.md` lists them with their settings."""
+    prior: str = "uniform"
+    """Weights of `static`, and what the others start from: `uniform`, `natural` (by the domains'
+    training tokens), or the directory of a finished run, whose average weights are taken."""
+    prior_power: float = 1.0
+    """Exponent of the prior: with `natural`, values between 0 and 1 raise small domains."""
+    prior_weights: dict[str, float] = field(default_factory=dict)
+    """The prior by name of the domain, in any scale, instead of `prior`."""
     interval_steps: int = 1000
     """Steps between two measurements (K in the paper)."""
     warmup_intervals: int = 0
-    """Intervals with the prior before equation 1 is applied."""
+    """Intervals with the prior before the controller is heard."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of the controller. In YAML they stand beside the other keys of the mixture."""
+
+    OTHER_KEYS: ClassVar[str] = "settings"
+    """The field that takes all keys which are no fields."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +406,7 @@ _LEAST = {
     "run.log_every_steps": 1,
     "data.seq_len": 1,
     "data.max_rejected_fraction": 0,
+    "mixture.prior_power": 0,
     "mixture.interval_steps": 1,
     "mixture.warmup_intervals": 0,
     "optim.final_learning_rate": 0,
@@ -354,7 +450,8 @@ def _check(config: Config) -> None:
         f"train.micro_rows = {train.micro_rows} must divide train.rows_per_step = "
         f"{train.rows_per_step}, so that every forward pass has the same shape",
     )
-    need(0 <= mixture.alpha <= 1, f"mixture.alpha = {mixture.alpha}: needs a share in [0, 1]")
+    power = mixture.prior_power
+    need(power < math.inf, f"mixture.prior_power = {power}: must be finite")
     rate = optim.learning_rate
     need(0 < rate < math.inf, f"optim.learning_rate = {rate}: must be positive and finite")
     need(optim.eps > 0, f"optim.eps = {optim.eps}: must be positive")

@@ -23,6 +23,8 @@ from ddk_jax.data.tokenize import Tokenizer, same_tokens
 from ddk_jax.errors import UserError
 from ddk_jax.inspection import size_text
 from ddk_jax.losses.objective import needs_teacher, term_factors
+from ddk_jax.models.decoder import num_parameters
+from ddk_jax.models.hub import resolve
 from ddk_jax.training.build import Job
 from ddk_jax.training.rundir import PACKAGES
 
@@ -166,7 +168,7 @@ def _settings(job: Job) -> Check:
     factors = term_factors(job.objective, jnp.int32(0))
     terms = " + ".join(f"{w:g} {t.name}" for w, t in zip(factors, job.objective, strict=True))
     shape = " x ".join(f"{name} {size}" for name, size in job.mesh.shape.items())
-    controller = f"{job.controller.name} on {job.config.mixture.gap}"
+    controller = f"{job.controller.name} on {job.controller.gap_kind}"
     value = f"{terms}; controller {controller}; mesh {shape}; {job.micro_rows} rows at a time"
     return Check("settings", True, value, "")
 
@@ -182,12 +184,13 @@ def _tokenizers(job: Job) -> Check:
     config = job.config
     data = Tokenizer(resolve_path(config.data.dir) / TOKENIZER)
     same, unknown, wrong = ["data"], [], []
-    for who, path in {"teacher": config.teacher.path, "student": config.student.path}.items():
-        if not path:
+    for who, model in {"teacher": config.teacher, "student": config.student}.items():
+        if not model.path:
             continue
-        if not (resolve_path(path) / "tokenizer.json").is_file():
+        directory = resolve(model.path, model.revision).tokenizer_dir()
+        if not (directory / "tokenizer.json").is_file():
             unknown.append(f"the {who} has no tokenizer.json to compare")
-        elif differences := same_tokens(Tokenizer(resolve_path(path)), data):
+        elif differences := same_tokens(Tokenizer(directory), data):
             wrong.append(f"{who} and data differ: {'; '.join(differences)}")
         else:
             same.append(who)
@@ -200,7 +203,7 @@ def _models(job: Job) -> Check:
     """What `ddk train` refuses before it starts."""
     job.check()
     models = [("student", job.student.spec), *(("teacher", spec) for spec in job.teachers.specs)]
-    said = [f"{who} of {spec.num_parameters:,} parameters" for who, spec in models]
+    said = [f"{who} of {num_parameters(spec):,} parameters" for who, spec in models]
     return Check("models", True, ", ".join(said), "")
 
 
@@ -212,10 +215,10 @@ def _memory_estimate(job: Job) -> Check:
     """
     student = job.student.spec
     shards = job.mesh.shape["fsdp"] * job.mesh.shape["tensor"]
-    parts = {"student and optimizer": _TRAINING_BYTES * student.num_parameters / shards}
+    parts = {"student and optimizer": _TRAINING_BYTES * num_parameters(student) / shards}
     if job.teachers.specs:
         itemsize = jnp.dtype(job.teachers.dtype).itemsize
-        parameters = sum(spec.num_parameters for spec in job.teachers.specs)
+        parameters = sum(num_parameters(spec) for spec in job.teachers.specs)
         parts["teacher"] = itemsize * parameters / shards
     copies = 2 + len(job.teachers.specs) * needs_teacher(job.objective)
     parts["one chunk of logits"] = copies * 4 * job.plan.tokens * student.vocab_size
@@ -237,7 +240,7 @@ def _disk(job: Job) -> Check:
     free = shutil.disk_usage(_nearest(resolve_path(config.run.dir))).free
     needed = float(_LITTLE_DISK)
     try:
-        size = _CHECKPOINT_BYTES * job.student.spec.num_parameters
+        size = _CHECKPOINT_BYTES * num_parameters(job.student.spec)
         needed = max(needed, size * (config.checkpoint.keep + 1))
     except UserError:
         pass  # the student is not known; another check says why

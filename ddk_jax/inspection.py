@@ -11,13 +11,23 @@ import numpy as np
 from ddk_jax.analysis.runs import load_run
 from ddk_jax.analysis.tables import MEAN, aligned_table, domain_table, number
 from ddk_jax.config import resolve_path
-from ddk_jax.data.shards import SPLITS, DomainInfo, is_prepared, open_shard, read_manifest
+from ddk_jax.data.shards import is_prepared
 from ddk_jax.data.tokenize import Tokenizer
 from ddk_jax.errors import UserError
 from ddk_jax.models import hf
-from ddk_jax.models.directory import CONFIG, read_json, weight_files
+from ddk_jax.models.decoder import num_parameters
+from ddk_jax.models.directory import (
+    CONFIG,
+    file_size,
+    read_json,
+    storage_errors,
+    weight_files,
+)
+from ddk_jax.models.hub import Resolved, resolve
+from ddk_jax.prepared import describe_data
 from ddk_jax.tasks.scores import TaskScore
 from ddk_jax.training.metrics import read_metrics
+from ddk_jax.training.pruning import Pruned
 from ddk_jax.training.trained import Comparison, Measurement, is_run
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
@@ -34,11 +44,12 @@ def describe(path: str) -> str:
     if is_run(directory):
         return _describe_run(directory)
     if is_prepared(directory):
-        return _describe_data(directory)
-    if (directory / CONFIG).is_file():
-        return _describe_model(directory)
-    if not directory.is_dir():
-        raise UserError(f"{path}: no such directory")
+        return describe_data(directory)
+    model = resolve(path)
+    with storage_errors(model.directory):
+        is_model = (model.directory / CONFIG).is_file()
+    if is_model:
+        return _describe_model(model)
     raise UserError(
         f"{path}: neither a run (config.yaml), nor prepared data (manifest.json), nor a model "
         f"({CONFIG})"
@@ -79,64 +90,34 @@ def _describe_run(directory: Path) -> str:
     return f"{_facts(facts)}\n\n{table}"
 
 
-def _describe_data(directory: Path) -> str:
-    manifest = read_manifest(directory)
-    for name in manifest.names:
-        for split in SPLITS:
-            open_shard(directory, manifest, name, split)  # raises if they are not what is listed
-    tokenizer = manifest.tokenizer
+def _describe_model(model: Resolved) -> str:
+    directory = model.directory
+    spec, config = hf.read_spec(directory), read_json(directory / CONFIG)
     facts = {
-        "prepared data": str(directory),
-        "tokenizer": f"{tokenizer.vocab_size:,} tokens, end token {tokenizer.end_id}, digest "
-        f"{tokenizer.digest[:16]}",
-        "held out": f"{manifest.validation_fraction:.1%} of the documents, by hash of their text",
-    }
-    header = ("domain", "documents", "tokens", "held out", "tokens", "rejected", "duplicates")
-    rows = [_domain_counts(domain) for domain in manifest.domains]
-    total = [sum(column) for column in zip(*rows, strict=True)]
-    cells = [
-        (name, *(f"{value:,}" for value in row))
-        for name, row in zip([*manifest.names, "total"], [*rows, total], strict=True)
-    ]
-    sources = [
-        f"{domain.name}: {source.path} ({source.licence or 'licence not stated'})"
-        for domain in manifest.domains
-        for source in domain.sources
-    ]
-    return f"{_facts(facts)}\n\n{aligned_table(header, cells)}\n\n" + "\n".join(sources)
-
-
-def _domain_counts(domain: DomainInfo) -> list[int]:
-    train, held_out = domain.train, domain.validation
-    return [
-        train.documents,
-        train.tokens,
-        held_out.documents,
-        held_out.tokens,
-        domain.rejected,
-        domain.duplicates,
-    ]
-
-
-def _describe_model(directory: Path) -> str:
-    spec = hf.read_spec(directory)
-    files = weight_files(directory)
-    size = sum(file.stat().st_size for file in files)
-    config = read_json(directory / CONFIG)
-    facts = {
-        "model": str(directory),
+        "model": str(model),
         "family": spec.family,
-        "parameters": f"{spec.num_parameters:,}",
+        "parameters": f"{num_parameters(spec):,}",
         "layers": f"{spec.num_layers} of width {spec.hidden_size}, feed-forward {spec.ffn_size}",
         "heads": f"{spec.num_heads} of width {spec.head_width}, {spec.num_kv_heads} for keys and "
         "values",
         "vocabulary": f"{spec.vocab_size:,}, head {'tied' if spec.tied_head else 'not tied'}",
         "positions": f"{spec.max_positions:,}",
-        "weights": f"{len(files)} file{'s' * (len(files) > 1)}, {size_text(size)}, "
+        "weights": f"{_weights_text(model)}, "
         f"{config.get('dtype') or config.get('torch_dtype') or 'type not stated'}",
-        "tokenizer": _tokenizer_text(directory),
+        "tokenizer": _tokenizer_text(model.tokenizer_dir()),
     }
     return _facts(facts)
+
+
+def _weights_text(model: Resolved) -> str:
+    try:
+        files = weight_files(model.directory)
+    except UserError:
+        if model.repo:  # they are fetched when they are read
+            return "not (all) downloaded"
+        raise
+    size = sum(map(file_size, files))
+    return f"{len(files)} file{'s' * (len(files) > 1)}, {size_text(size)}"
 
 
 def _tokenizer_text(directory: Path) -> str:
@@ -180,6 +161,25 @@ def comparison_table(result: Comparison) -> str:
         for name, row in zip([*result.domains, MEAN], [*rows, last], strict=True)
     ]
     return aligned_table(header, cells)
+
+
+def pruning_table(result: Pruned) -> str:
+    """What is left of a teacher, and the loss by domain before and after the cut."""
+    cells = [(name, f"{old:,}", f"{new:,}") for name, old, new in result.sizes]
+    layers = ", ".join(map(str, result.kept.layers))
+    nats = zip(result.teacher_nats, result.nats, strict=True)
+    rows = [(np.mean(result.teacher_nats), np.mean(result.nats))]
+    losses = [
+        (name, *(number(float(value), ".4f") for value in pair))
+        for name, pair in zip([*result.domains, MEAN], [*nats, *rows], strict=True)
+    ]
+    return "\n\n".join(
+        [
+            aligned_table(("left of the teacher", "teacher", "student"), cells),
+            f"layers of the teacher: {layers}",
+            aligned_table(("nats per token", "teacher", "student"), losses),
+        ]
+    )
 
 
 def score_table(scores: Sequence[TaskScore]) -> str:

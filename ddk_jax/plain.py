@@ -29,7 +29,8 @@ def from_plain(kind: Any, value: Any, where: str = "") -> Any:
     """Build `kind` from plain data, strictly: no unknown keys, no silent conversions.
 
     Args:
-      kind: a dataclass, `tuple[X, ...]`, `Literal[...]`, or one of str, bool, int, float.
+      kind: a dataclass, `tuple[X, ...]`, `Literal[...]`, one of str, bool, int, float, or a
+        union of a dataclass and one of these or None.
       value: what YAML gave.
       where: dotted key of `value`, for messages.
     """
@@ -68,7 +69,9 @@ def from_plain(kind: Any, value: Any, where: str = "") -> Any:
 
 
 def _union_from_plain(kinds: Sequence[Any], value: Any, where: str) -> Any:
-    """Keys and values are the dataclass among the kinds, everything else the first of them."""
+    """Keys and values are the dataclass among the kinds, all else but None the first of them."""
+    if value is None and types.NoneType in kinds:
+        return None
     if isinstance(value, Mapping):
         kinds = [kind for kind in kinds if dataclasses.is_dataclass(kind)] or kinds
     return from_plain(kinds[0], value, where)

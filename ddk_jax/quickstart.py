@@ -16,11 +16,12 @@ import jax
 from ddk_jax.analysis.report import domain_table, write_report
 from ddk_jax.analysis.runs import load_run
 from ddk_jax.config import Config, load_config, resolve_path
-from ddk_jax.data.prepare import prepare
 from ddk_jax.data.tokenize import Tokenizer
 from ddk_jax.models import hf
 from ddk_jax.models.decoder import Decoder
-from ddk_jax.models.generate import generate
+from ddk_jax.models.sampling import Sampling
+from ddk_jax.samples import continued_texts, stop_tokens
+from ddk_jax.training.corpus import prepare_corpus
 from ddk_jax.training.export import export_run
 from ddk_jax.training.loop import RunSummary, train
 
@@ -70,7 +71,7 @@ def run(directory: Path, *, steps: int | None = None, seed: int = 0) -> Quicksta
     """
     config = quickstart_config(directory, steps=steps, seed=seed)
     print("1/4  preparing ten domains of text")
-    prepare(config.data, progress=_log.info)
+    prepare_corpus(config, progress=_log.info)
     print(f"2/4  distilling ({config.train.steps} steps)")
     summary = train(config)
     if summary.stop_reason == "preempted":
@@ -88,20 +89,13 @@ def run(directory: Path, *, steps: int | None = None, seed: int = 0) -> Quicksta
 
 
 def _print_samples(models: dict[str, Path]) -> None:
-    """The same prompt, continued greedily by each model."""
+    """The same prompt, continued by each model."""
     for name, directory in models.items():
         spec = hf.read_spec(directory)
         tokenizer = Tokenizer(directory)
-        (ids,) = tokenizer.encode([PROMPT])
-        (continuation,) = generate(
-            Decoder(spec=spec),
-            hf.load(directory, spec=spec),
-            [ids.tolist()],
-            max_new_tokens=SAMPLE_TOKENS,
-            temperature=0.7,
-            top_k=40,
-            end_id=tokenizer.end_id,
-            key=jax.random.key(0),
+        sampling = Sampling(
+            max_new_tokens=SAMPLE_TOKENS, temperature=0.7, top_k=40, stop=stop_tokens(tokenizer)
         )
-        text = " ".join(tokenizer.decode(continuation).split())
-        print(f'{name}: "{" ".join(PROMPT.split())} {text}"')
+        model = Decoder(spec=spec), hf.load(directory, spec=spec)
+        (text,) = continued_texts(*model, tokenizer, [PROMPT], sampling, key=jax.random.key(0))
+        print(f'{name}: "{" ".join((PROMPT + text).split())}"')

@@ -59,6 +59,48 @@ def finished(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer for the models of `small_model`, and nothing beside it."""
+    import small_model
+
+    return small_model.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory, tokenizer_dir: Path) -> Path:
+    """`small_model.SPEC` in shards of at most 30,000 bytes. To change it, take `copied`."""
+    import small_model
+
+    directory = tmp_path_factory.mktemp("model") / "sharded"
+    return small_model.export(directory, tokenizer_dir, small_model.SPEC, max_shard_bytes=30_000)
+
+
+@pytest.fixture
+def copied(exported: Path, tmp_path: Path) -> Path:
+    """A copy of `exported` without checksums."""
+    import small_model
+
+    return small_model.without_checksums(exported, tmp_path / "model")
+
+
+@pytest.fixture
+def single(tmp_path: Path, tokenizer_dir: Path) -> Path:
+    """`small_model.TIED` in one file, without checksums."""
+    import small_model
+
+    directory = small_model.export(tmp_path / "intact", tokenizer_dir, small_model.TIED)
+    return small_model.without_checksums(directory, tmp_path / "one")
+
+
+@pytest.fixture
+def bucket() -> Any:
+    """The `buckets.FakeBucket` behind `gs://`, with nothing in it."""
+    import buckets
+
+    return buckets.empty()
+
+
+@pytest.fixture(scope="session")
 def devices() -> list[jax.Device]:
     """The simulated devices, for tests that compare one of them with all."""
     found = jax.devices("cpu")

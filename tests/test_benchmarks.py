@@ -103,3 +103,14 @@ def test_a_loss_is_compiled_for_absent_chips(losses: ModuleType, slice_name: str
     assert found.temporary_bytes["bfloat16"] < found.temporary_bytes["float32"]
     title, *cells = losses.tpu_table([found])[1]
     assert title == "forward_kl" and len(cells) == 4 and all(cells)
+
+
+def test_the_pipeline_is_measured(tmp_path: Path) -> None:
+    target = tmp_path / "found.json"
+    sizes = "--tokens 400000 --seq-len 128 --rows 8 --batches 3"
+    command = [sys.executable, "pipeline.py", *sizes.split(), "--json", str(target)]
+    done = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(target.read_text("utf-8"))
+    assert found["best_fit"]["cut"] == 0.0 < found["sequential"]["cut"]
+    assert all(one["tokens_per_second"] > 0 and one["padding"] < 0.1 for one in found.values())

@@ -17,10 +17,13 @@ import tiny
 from ddk_jax.config import TermConfig
 from ddk_jax.errors import DataError, StorageError, UserError
 from ddk_jax.losses.objective import check_terms, term_factors
-from ddk_jax.mixture.controllers import DDK, DDKWithoutSmoothing, Static
+from ddk_jax.mixture.baselines import DynamicBatchLoading, OnlineDataMixing
+from ddk_jax.mixture.controller import Controller
+from ddk_jax.mixture.ddk import DDK, DDKWithoutSmoothing, Static
+from ddk_jax.mixture.elasticity import Elasticity
 from ddk_jax.models import hf
 from ddk_jax.plain import from_plain
-from ddk_jax.training.build import Job, make_controller
+from ddk_jax.training.build import Job
 from ddk_jax.training.loaded import compute_dtype
 from ddk_jax.training.terms import make_objective
 
@@ -45,6 +48,20 @@ def job(root: Path, **changes: Any) -> Job:
         ("objective.terms", [{"loss": "cross_entropy", "temperature": 2.0}], "no temperature"),
         ("mixture.controller", "dkd", r"mixture\.controller.*did you mean ddk\?"),
         ("mixture.gap", "perplexity", r"mixture\.gap.*ppl_ratio"),
+        ("mixture.alhpa", 0.5, r"mixture: ddk has no 'alhpa': did you mean alpha\?"),
+        ("mixture.intervall_steps", 5, "did you mean interval_steps"),
+        ("mixture.alpha", 1.5, r"mixture\.alpha = 1\.5: must be from 0 to 1"),
+        ("mixture.alpha", "much", r"mixture\.alpha: needs float, got 'much'"),
+        ("mixture.alpha", {"words": 1.0}, r"mixture\.alpha: no value for digits, echo"),
+        ("mixture.prior", "neutral", r"mixture\.prior = 'neutral': did you mean natural\?"),
+        ("mixture.prior_weights", {"words": 1.0, "digit": 2.0}, r"no domain 'digit': did you mean"),
+        (
+            *("mixture.prior_weights", {"words": 1.0, "digits": 2.0, "echo": 0.0}),
+            "prior of the mixture must be positive .*echo 0",
+        ),
+        ("mixture", {"controller": "odm", "term": "forward_lk"}, "did you mean forward_kl"),
+        ("mixture", {"controller": "static", "alpha": 0.5}, "static has no 'alpha'"),
+        ("mixture", {"controller": "doremi", "term": "forward_kl"}, "weighs the domains in the l"),
     ],
 )
 def test_an_unknown_name_is_refused_with_a_suggestion(
@@ -54,15 +71,70 @@ def test_an_unknown_name_is_refused_with_a_suggestion(
         job(tiny_root, **{key: value}).check()
 
 
-@pytest.mark.parametrize("controller", [DDK, DDKWithoutSmoothing, Static])
-def test_controllers_by_name(tiny_root: Path, controller: type) -> None:
-    changes = {
-        "mixture.controller": controller.name,
-        "mixture.alpha": 0.25,
-        "mixture.warmup_intervals": 3,
-    }
-    made = make_controller(job(tiny_root, **changes).config)
-    assert made == controller(gap="loss_difference", alpha=0.25, warmup_intervals=3)
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, DDK(gap="loss_difference", warmup_intervals=3)),
+        ({"alpha": 1}, DDK(gap="loss_difference", alpha=1.0, warmup_intervals=3)),
+        (
+            {"controller": "ddk_without_smoothing"},
+            DDKWithoutSmoothing(gap="loss_difference", warmup_intervals=3),
+        ),
+        ({"controller": "static"}, Static(gap="loss_difference", warmup_intervals=3)),
+    ],
+)
+def test_controllers_by_name(
+    tiny_root: Path, settings: dict[str, Any], expected: Controller
+) -> None:
+    changes = {f"mixture.{key}": value for key, value in settings.items()}
+    assert job(tiny_root, **changes | {"mixture.warmup_intervals": 3}).controller == expected
+
+
+def test_controllers_with_settings_of_their_own(tiny_root: Path) -> None:
+    def made(**settings: Any) -> Controller:
+        return job(tiny_root, mixture=settings).controller
+
+    assert made(controller="elasticity", power=3, window=6) == Elasticity(power=3.0, window=6)
+    assert made(controller="odm", term="forward_kl") == OnlineDataMixing(term="forward_kl")
+    # By name of the domain, in any order.
+    targets = {"echo": 1.0, "words": 2.5, "digits": 2}
+    assert made(controller="dynamic_batch_loading", targets=targets) == DynamicBatchLoading(
+        targets=(2.5, 2.0, 1.0)
+    )
+
+
+def test_a_controller_needs_a_teacher_only_if_it_follows_one(tiny_root: Path) -> None:
+    alone = {"teacher.path": "", "objective.terms": [{"loss": "cross_entropy"}]}
+    targets = {"echo": 1.0, "words": 2.5, "digits": 2.0}
+    for mixture in (
+        {"controller": "odm"},
+        {"controller": "ado", "prior": "natural"},
+        {"controller": "dynamic_batch_loading", "targets": targets},
+    ):
+        job(tiny_root, mixture=mixture, **alone).check()
+    for name in ("ddk", "dynamic_batch_loading", "elasticity"):
+        with pytest.raises(UserError, match=rf"'{name}' follows the gap to a teacher"):
+            job(tiny_root, mixture={"controller": name}, **alone).check()
+
+
+def test_priors(tiny_root: Path, tmp_path: Path) -> None:
+    def prior(**mixture: Any) -> np.ndarray:
+        return job(tiny_root, mixture=mixture).prior
+
+    sizes = np.array([d.train.tokens for d in job(tiny_root).manifest.domains], np.float64)
+    np.testing.assert_allclose(prior(), 1 / 3, rtol=1e-15)
+    np.testing.assert_allclose(prior(prior="natural"), sizes / sizes.sum(), rtol=1e-14)
+    tempered = sizes**0.5 / np.sum(sizes**0.5)
+    np.testing.assert_allclose(prior(prior="natural", prior_power=0.5), tempered, rtol=1e-14)
+    np.testing.assert_allclose(prior(prior="natural", prior_power=0.0), 1 / 3, rtol=1e-15)
+    given = prior(prior_weights={"echo": 1.0, "words": 2.0, "digits": 5.0})
+    np.testing.assert_allclose(given, [0.25, 0.625, 0.125], rtol=1e-15)
+    # A finished run's average, by name.
+    summary = {"domains": ["echo", "words", "digits"], "average_weights": [0.5, 0.375, 0.125]}
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    np.testing.assert_allclose(prior(prior=str(tmp_path)), [0.375, 0.125, 0.5], rtol=1e-15)
+    with pytest.raises(UserError, match=r"whose summary\.json has average weights"):
+        prior(prior=str(tmp_path / "nowhere"))
 
 
 def test_the_objective_has_the_config_s_terms(tiny_root: Path) -> None:

@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 import typing
 import warnings
 from collections.abc import Callable, Iterator
@@ -120,6 +121,8 @@ def documented_fields(kind: type, prefix: str = "") -> Iterator[tuple[str, str]]
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         name, inner = f"{prefix}{field.name}", hints[field.name]
+        if types.NoneType in typing.get_args(inner):
+            inner = typing.get_args(inner)[0]
         item = typing.get_args(inner)[0] if typing.get_origin(inner) is tuple else None
         if inner == dict[str, Any]:
             continue  # the settings of a loss: for YAML only
@@ -162,6 +165,13 @@ def test_overrides_are_typed_and_change_only_what_they_name(yaml_file):
     assert cli.parse("train", [str(yaml_file)]).keywords["config"] == before
 
 
+def test_settings_of_the_controller_are_overridden_like_fields(yaml_file):
+    words = ["--mixture.alpha", "0.3", "--mixture.gap=ppl_ratio", "--mixture.interval-steps", "7"]
+    config = cli.parse("train", [str(yaml_file), *words]).keywords["config"]
+    assert config.mixture.settings == {"gap": "ppl_ratio", "alpha": 0.3}
+    assert config.mixture.interval_steps == 7
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -182,6 +192,9 @@ def test_overrides_are_typed_and_change_only_what_they_name(yaml_file):
         (["train", "{yaml}", "--objective.terms.0.loss", "forward_kl"], "two terms have one"),
         (["train", "{yaml}", "--objective.terms.1.loss", "kl"], "unknown loss 'kl'"),
         (["train", "{yaml}", "--mixture.gap", "ratio"], "mixture.gap"),
+        (["train", "{yaml}", "--mixture.alhpa", "1"], "'alhpa': did you mean alpha?"),
+        (["train", "{yaml}", "--mixture.alpha"], "--mixture.alpha: needs a value"),
+        (["train", "{yaml}", "--mixture.alpha", "["], "mixture.alpha: needs float, got '['"),
         (["doctor", "nowhere.yaml"], "nowhere.yaml"),
         (["evaluate"], "MODEL"),
         (["evaluate", "{root}/teacher"], "name prepared data with --data"),
@@ -197,6 +210,8 @@ def test_overrides_are_typed_and_change_only_what_they_name(yaml_file):
         (["generate", "{root}/teacher", "a", "--temperature", "-1"], "temperature = -1.0"),
         (["inspect", "{root}/nowhere"], "no such directory"),
         (["inspect", "{root}"], "neither a run"),
+        (["advise"], "name a student or a teacher"),
+        (["advise", "--student", "{root}/nowhere"], "neither a model directory nor a size"),
         (["quickstart", "--steps", "few"], "--steps"),
     ],
 )
@@ -470,6 +485,28 @@ def test_generate_continues_each_prompt_the_same_way_again(ddk, run_dir, exporte
     assert drawn[0] == drawn[1] != ""
 
 
+def test_generate_reads_prompts_from_a_file_and_answers(ddk, exported, tmp_path):
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("the cat\n\n12\n")
+    options = ["--max-new-tokens", 5, "--temperature", 0]
+    said = ddk("generate", exported, "--prompts", lines, *options)
+    assert said.out == ddk("generate", exported, "the cat", "12", *options).out != ""
+    said = ddk("generate", exported, "a", "--chat", *options)
+    assert said.code == 65 and "no chat template" in said.err
+    said = ddk("generate", exported, "a", "--stop", "ab", *options)
+    assert said.code == 64 and "'ab' is 2 tokens" in said.err
+    narrow = ddk("generate", exported, "a", "--top-p", "1e-6", "--temperature", 9, *options[:2])
+    assert narrow.out == ddk("generate", exported, "a", *options).out
+    copied = shutil.copytree(exported, tmp_path / "model")
+    (copied / "chat_template.jinja").write_text(
+        "{{ messages[0].content }}{{ messages[1].content }}"
+    )
+    answer = ddk("generate", copied, "the cat", "--chat", *options)
+    assert answer.code == 0 and ddk("generate", exported, "the cat", *options).out == (
+        f"the cat{answer.out}"
+    )
+
+
 def test_inspect_a_run(ddk, run_dir, finished):
     said = ddk("inspect", run_dir)
     assert said.code == 0
@@ -490,9 +527,9 @@ def test_inspect_data(ddk, tiny_root, tmp_path):
     assert said.code == 0 and "257 tokens" in said.out and "licence not stated" in said.out
     assert re.search(r"^words +\d+ ", said.out, re.M) and re.search(r"^total ", said.out, re.M)
     shutil.copytree(tiny_root / "data", tmp_path / "data")
-    (tmp_path / "data" / "words" / "train.offsets.npy").write_bytes(b"")
+    (tmp_path / "data" / "words" / "train-00000-of-00001.offsets.npy").write_bytes(b"")
     said = ddk("inspect", tmp_path / "data")
-    assert said.code == 65 and "train.offsets.npy" in said.err
+    assert said.code == 65 and "train-00000-of-00001.offsets.npy" in said.err
 
 
 def test_inspect_a_model(ddk, tiny_root):
@@ -504,6 +541,21 @@ def test_inspect_a_model(ddk, tiny_root):
 
 def test_inspect_finds_what_the_package_ships(ddk):
     assert ddk("inspect", "assets:corpus").code == 64  # text, neither data nor model
+
+
+def test_advise_by_size_by_directory_and_by_config(ddk, tiny_root, yaml_file):
+    words = ["--student", "1.8B", "--tokens", "15B", "--teacher", "7B", "70B"]
+    said = ddk("advise", *words)
+    assert said.code == 0, said.err
+    assert "4.48 B" in said.out and "warning: 70B: past 5 x" in said.out
+    tree = json.loads(ddk("advise", *words, "--teacher-nats", 2.0, 1.8, "--json").out)
+    keys = ["student", "best_teacher", "extrapolated", "outlook", "candidates"]
+    assert list(tree) == keys and tree["best_teacher"] == pytest.approx(4484.902e6)
+    assert [c["prediction"]["teacher_nats"] for c in tree["candidates"]] == [2.0, 1.8]
+    said = ddk("advise", "--teacher", tiny_root / "teacher")
+    assert said.code == 0 and "14.4 k" in said.out
+    said = ddk("advise", yaml_file)
+    assert said.code == 0 and "student.spec" in said.out and str(tiny_root / "teacher") in said.out
 
 
 def test_doctor_says_ok(ddk, yaml_file):

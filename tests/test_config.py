@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,7 @@ from ddk_jax.config import (
     save_config,
 )
 from ddk_jax.errors import UserError
+from ddk_jax.models.spec import RopeScaling
 from ddk_jax.plain import from_plain, suggest, to_plain
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
@@ -34,22 +36,52 @@ FULL: dict[str, Any] = {
     "run": {"dir": "somewhere/else", "seed": 3},
     "data": {
         "domains": [
-            {"name": "a", "sources": [{"path": "a.jsonl", "prompt": "q", "response": "r"}]},
+            {
+                "name": "a",
+                "sources": [
+                    {
+                        "path": "a.jsonl",
+                        "prompt": "q",
+                        "response": "r",
+                        "filters": [{"field": "lang", "test": "equals", "value": "en"}],
+                    }
+                ],
+            },
             {"name": "b", "sources": [{"path": "b", "licence": "CC0"}, {"path": "c"}]},
-        ]
+        ],
+        "shared": [
+            {
+                "source": {
+                    "path": "d",
+                    "filters": [{"field": "n", "test": "in", "value": [1, 2]}],
+                },
+                "field": "set",
+                "domains": {"C4": "b"},
+            }
+        ],
     },
     "teacher": {
         "path": "t",
         "domains": {"a": 0.5},
         "others": [{"path": "u", "weight": 2.0, "domains": {"b": 3.0}}],
     },
-    "student": {"spec": {"hidden_size": 8, "num_heads": 2, "num_kv_heads": 1, "tied_head": False}},
+    "student": {
+        "spec": {
+            "hidden_size": 8,
+            "num_heads": 2,
+            "num_kv_heads": 1,
+            "tied_head": False,
+            "rope_scaling": {"kind": "longrope", "short_factor": [1, 2.0], "long_factor": [4, 8]},
+        },
+        "lora": {"rank": 4},
+    },
     "objective": {
         "terms": [
             {"loss": "bild", "temperature": 2.0, "roles": "response", "k": 4},
             {"loss": "forward_kl", "weight": {"start": 1.0, "end": 0.0, "last_step": 9}},
         ]
     },
+    "mixture": {"controller": "elasticity", "k": 4},
     "mesh": {"fsdp": 4},
 }
 
@@ -67,6 +99,8 @@ def leaves(kind: type, prefix: str = "") -> Iterator[str]:
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         inner = hints[field.name]
+        if isinstance(inner, types.UnionType) and types.NoneType in typing.get_args(inner):
+            inner = typing.get_args(inner)[0]
         name = f"{prefix}{field.name}"
         if typing.get_origin(inner) is tuple and dataclasses.is_dataclass(
             typing.get_args(inner)[0]
@@ -127,11 +161,25 @@ def _other(key: str, value: Any) -> Any:
     choices = {
         "objective.terms.0.weight": {"start": 1.0, "end": 0.5, "last_step": 9},
         "run.compute_dtype": "float32",
+        "data.packing": "best_fit",
+        "data.shared.0.domains": {"C4": "a"},
+        "data.domains.0.sources.0.filters.0.test": "matches",
+        "data.shared.0.source.filters.0.test": "not_in",
         "teacher.dtype": "float32",
         "student.remat": "full",
+        "student.lora.targets": ["q"],
         "objective.terms.0.roles": "prompt",
         "mixture.prior": "natural",
         "student.spec.pattern": ["global", "global"],
+        "student.spec.head_dim": 6,
+        "student.spec.positions": "learned",
+        "student.spec.rope_scaling.kind": "yarn",
+        "student.spec.rope_scaling.short_factor": [1.0],
+        "student.spec.rope_scaling.long_factor": [1.0],
+        "student.spec.qk_norm": "head",
+        "student.spec.activation": "relu",
+        "student.spec.norm": "layer",
+        "student.spec.norm_placement": "post",
         "student.spec.num_heads": 4,
         "student.spec.num_kv_heads": 2,
         "student.spec.hidden_size": 16,
@@ -145,6 +193,31 @@ def _other(key: str, value: Any) -> Any:
     if isinstance(value, int):
         return 1 if value == -1 else value + 1
     return value * 0.5 + 0.01 if isinstance(value, float) else f"{value}x"
+
+
+@pytest.mark.parametrize("key", ["run.dir", "data.dir"])
+def test_a_bucket_is_no_place_for_a_run_yet(tmp_path, key):
+    section, _, name = key.partition(".")
+    with pytest.raises(UserError, match=f"{key} = 'gs://b/r': has to be a folder on a disk"):
+        read(tmp_path, f"{section}: {{{name}: gs://b/r}}")
+
+
+def test_an_optional_section_is_absent_null_or_given(tmp_path):
+    def scaling(text: str) -> Any:
+        return read(tmp_path, f"student: {{spec: {{{text}}}}}").student.spec.rope_scaling
+
+    assert scaling("num_layers: 2") is scaling("rope_scaling: null") is None
+    given = scaling("rope_scaling: {kind: yarn, factor: 4, original_positions: 64}")
+    assert given == RopeScaling(kind="yarn", factor=4.0, original_positions=64)
+    for text, message in {
+        "{factor: 2.0}": "student.spec.rope_scaling: missing key kind",
+        "{kind: yarm}": "student.spec.rope_scaling.kind = 'yarm': did you mean yarn?",
+        "{kind: yarn, fator: 2}": "unknown key student.spec.rope_scaling.fator",
+        "yarn": "student.spec.rope_scaling: needs keys and values, got 'yarn'",
+    }.items():
+        with pytest.raises(UserError) as caught:
+            scaling(f"rope_scaling: {text}")
+        assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -162,11 +235,11 @@ def _other(key: str, value: Any) -> Any:
         ("optim: {learning_rate: fast}", ["optim.learning_rate: needs float, got 'fast'"]),
         ("run: {dir: 7}", ["run.dir: needs str, got 7"]),
         ("run: {compute_dtype: float16}", ["run.compute_dtype = 'float16'", "did you mean"]),
-        ("mixture: {prior: [uniform]}", ["mixture.prior = ['uniform']"]),
+        ("mixture: {prior: [uniform]}", ["mixture.prior: needs str, got ['uniform']"]),
         ("run: 3", ["run: needs keys and values, got 3"]),
         ("[1, 2]", ["the file: needs keys and values"]),
         ("data: {domains: {name: a}}", ["data.domains: needs a list"]),
-        ("data: {domains: [{name: a}]}", ["data.domains[0]: missing key sources"]),
+        ("data: {domains: [{sources: []}]}", ["data.domains[0]: missing key name"]),
         ("data: {domains: [{name: a, sources: [a.txt]}]}", ["data.domains[0].sources[0]"]),
         ("student: {spec: {num_heads: 3, num_kv_heads: 2}}", ["student.spec", "multiple"]),
         ("train: {steps: 5}\ntrain: {steps: 6}", ["train appears twice"]),
@@ -230,8 +303,8 @@ def test_any_value_is_taken_or_refused_with_its_key(key, value):
         ({"train": {"rows_per_step": 8, "micro_rows": 3}}, "micro_rows = 3 must divide"),
         ({"train": {"micro_rows": -1}}, "train.micro_rows = -1"),
         ({"train": {"steps": 10}}, "optim.warmup_steps = 1000 is longer than the run"),
-        ({"mixture": {"alpha": 1.5}}, "mixture.alpha = 1.5"),
-        ({"mixture": {"alpha": float("nan")}}, "mixture.alpha = nan"),
+        ({"mixture": {"prior_power": -1.0}}, "mixture.prior_power = -1.0"),
+        ({"mixture": {"prior_power": float("nan")}}, "mixture.prior_power = nan"),
         ({"mixture": {"interval_steps": 0}}, "mixture.interval_steps = 0"),
         ({"optim": {"learning_rate": 0.0}}, "optim.learning_rate = 0.0: must be positive"),
         ({"optim": {"learning_rate": float("nan")}}, "optim.learning_rate = nan"),

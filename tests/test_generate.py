@@ -1,3 +1,5 @@
+"""Continuations: what is chosen, when it ends, on one device and on many."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -8,12 +10,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from decoder_reference import randomised
 
 from ddk_jax.errors import UserError
+from ddk_jax.models import generate as module
 from ddk_jax.models import hf
 from ddk_jax.models.decoder import Decoder, Params
-from ddk_jax.models.generate import generate
+from ddk_jax.models.generate import BUCKET_TOKENS, Continuations, generate
+from ddk_jax.models.sampling import Sampling
 from ddk_jax.models.spec import ModelSpec
+from ddk_jax.parallel.mesh import make_mesh, param_shardings
+
+try:
+    import torch_models
+    from torch_models import VARIANTS
+except pytest.skip.Exception:  # without torch, what needs it is left out
+    VARIANTS = {}
 
 SPEC = ModelSpec(
     vocab_size=16,
@@ -57,58 +69,104 @@ def greedy_chain(params: Params, token: int, steps: int) -> list[int]:
     return chain[1:]
 
 
-def sample(decoder: Decoder, params: Params, prompts: list[list[int]], **changes: Any) -> list:
-    settings = {"max_new_tokens": 6, "end_id": END, "key": KEY} | changes
-    return generate(decoder, params, prompts, **settings)
+def continued(
+    decoder: Decoder, params: Params, prompts: list[list[int]], **changes: Any
+) -> Continuations:
+    key = changes.pop("key", KEY)
+    vocab_size = changes.pop("vocab_size", 0)
+    settings = {"max_new_tokens": 6, "temperature": 0.0, "stop": (END,)} | changes
+    return generate(decoder, params, prompts, Sampling(**settings), key=key, vocab_size=vocab_size)
 
 
+def new_tokens(decoder: Decoder, params: Params, prompts: list[list[int]], **changes: Any) -> list:
+    return continued(decoder, params, prompts, **changes).lists(changes.get("stop", (END,)))
+
+
+# All batches have two prompts, so that the tests share programs.
 def test_greedy_follows_the_most_probable_token(decoder: Decoder, params: Params) -> None:
-    prompts = [[1], [2, 3, 4], [5] * 9]
-    expected = [greedy_chain(params, prompt[-1], 6) for prompt in prompts]
-    expected = [c[: c.index(END)] if END in c else c for c in expected]
-    assert sample(decoder, params, prompts) == expected
-    assert sample(decoder, params, []) == []
+    for prompts in ([[1], [2, 3, 4]], [[5] * 9, [6]]):
+        expected = [greedy_chain(params, prompt[-1], 6) for prompt in prompts]
+        expected = [c[: c.index(END)] if END in c else c for c in expected]
+        assert new_tokens(decoder, params, prompts) == expected
+    assert new_tokens(decoder, params, []) == []
 
 
-def test_the_end_token_ends_a_continuation_and_is_left_out(
-    decoder: Decoder, params: Params
-) -> None:
+def test_any_stop_token_ends_a_continuation(decoder: Decoder, params: Params) -> None:
     chain = greedy_chain(params, 1, 6)
     end = chain[2]
-    assert sample(decoder, params, [[1]], end_id=end) == [chain[: chain.index(end)]]
+    cut = chain[: chain.index(end)]
+    other = next(token for token in range(16) if token not in chain)
     # One that is in the prompt does not.
-    assert sample(decoder, params, [[end, 1]], end_id=end) == [chain[: chain.index(end)]]
+    prompts = [[1], [end, 1]]
+    assert new_tokens(decoder, params, prompts, stop=(end,)) == [cut, cut]
+    assert new_tokens(decoder, params, prompts, stop=(other, end)) == [cut, cut]
+    # The stop token counts as generated; behind it there is nothing.
+    found = continued(decoder, params, prompts, stop=(end,))
+    length = len(cut) + 1
+    assert found.tokens.shape == (2, BUCKET_TOKENS)
+    np.testing.assert_array_equal(found.tokens[0, :length], [*cut, end])
+    np.testing.assert_array_equal(found.mask[0], np.arange(BUCKET_TOKENS) < length)
+    for values in found:
+        assert not np.asarray(values)[0, length:].any()
 
 
-def test_sampling_follows_key_temperature_and_top_k(decoder: Decoder, params: Params) -> None:
-    one = sample(decoder, params, [[1], [2]], temperature=1.0)
-    assert one == sample(decoder, params, [[1], [2]], temperature=1.0)
-    assert one != sample(decoder, params, [[1], [2]], temperature=1.0, key=jax.random.key(4))
+def test_stop_tokens_wait_for_the_least_number_of_tokens(decoder: Decoder, params: Params) -> None:
+    end = greedy_chain(params, 1, 1)[0]
+    assert new_tokens(decoder, params, [[1], [1]], stop=(end,)) == [[], []]
+    found = continued(decoder, params, [[1], [1]], stop=(end,), min_new_tokens=4)
+    assert 4 <= int(found.mask[0].sum()) <= 6 and end not in np.asarray(found.tokens)[0, :4]
+
+
+def test_log_probabilities_are_those_of_the_model(decoder: Decoder, params: Params) -> None:
+    found = continued(decoder, params, [[1], [2, 3]], temperature=0.7, top_k=3, stop=())
+    for first, tokens, said in zip((1, 3), found.tokens, found.log_probs, strict=True):
+        before = first
+        for token, log_prob in zip(tokens.tolist()[:6], said.tolist(), strict=False):
+            logits = next_logits(params, before)
+            expected = logits[token] - np.log(np.exp(logits).sum())
+            assert log_prob == pytest.approx(expected, abs=1e-5)
+            before = token
+    assert (np.asarray(found.sampling_log_probs) != np.asarray(found.log_probs))[:, :6].all()
+
+
+def test_sampling_follows_the_key_and_no_other_prompt(decoder: Decoder, params: Params) -> None:
+    free = {"temperature": 1.0}
+    one = new_tokens(decoder, params, [[1], [2]], **free)
+    assert one == new_tokens(decoder, params, [[1], [2]], **free)
+    assert one != new_tokens(decoder, params, [[1], [2]], **free, key=jax.random.key(4))
     # Equal prompts in one call get numbers of their own; other prompts make no difference.
-    twice = sample(decoder, params, [[1], [1]], temperature=1.0)
+    twice = new_tokens(decoder, params, [[1], [1]], **free)
     assert twice[0] == one[0] != twice[1]
-    greedy = sample(decoder, params, [[1], [2]])
-    assert sample(decoder, params, [[1], [2]], temperature=5.0, top_k=1) == greedy
-    assert sample(decoder, params, [[1], [2]], temperature=1e-4) == greedy
+    longer = new_tokens(decoder, params, [[1], [4] * 70, [3]], **free)
+    assert longer[0] == one[0]
 
 
-@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (0.5, 0), (2.0, 3), (1.0, 999)])
-def test_sampled_frequencies_are_the_softmax(
-    decoder: Decoder, params: Params, temperature: float, top_k: int
-) -> None:
-    rows = 4096
-    drawn = sample(
-        decoder, params, [[7]] * rows, max_new_tokens=1, temperature=temperature, top_k=top_k
+def test_the_narrowest_distributions_are_greedy(decoder: Decoder, params: Params) -> None:
+    prompts = [[1], [2]]
+    greedy = new_tokens(decoder, params, prompts)
+    assert new_tokens(decoder, params, prompts, temperature=1e-4) == greedy
+    assert new_tokens(decoder, params, prompts, temperature=1.0, top_p=1e-6) == greedy
+
+
+def test_padding_of_the_vocabulary_is_never_chosen(decoder: Decoder, params: Params) -> None:
+    found = continued(
+        decoder, params, [[1], [2]], temperature=9.0, vocab_size=4, stop=(), max_new_tokens=64
     )
-    counts = np.bincount([tokens[0] if tokens else END for tokens in drawn], minlength=16)
-    logits = next_logits(params, 7)
-    if 0 < top_k < 16:
-        logits[np.argsort(logits)[:-top_k]] = -np.inf
-    odds = np.exp((logits - logits.max()) / temperature)
-    odds /= odds.sum()
-    assert not counts[odds == 0].any()
-    # Four standard deviations of a binomial count; the key is fixed.
-    assert (np.abs(counts - rows * odds) <= 4 * np.sqrt(rows * odds * (1 - odds)) + 1e-9).all()
+    assert set(np.asarray(found.tokens).flat) == set(range(4))
+    # The log-probabilities are among the tokens, too.
+    assert np.exp(np.asarray(found.log_probs)).mean() > 0.1
+
+
+def test_batches_of_like_lengths_share_their_programs(decoder: Decoder, params: Params) -> None:
+    continued(decoder, params, [[1], [2, 3]], temperature=1.0, top_k=3, stop=(1, 2))
+    programs = module.prefill._cache_size(), module.decode._cache_size()
+    for prompts, changes in (
+        ([[4] * 64, [5]], {"temperature": 0.3, "stop": ()}),
+        ([[4] * 20, [5]], {"temperature": 2.0, "max_new_tokens": 64, "stop": (1, 2)}),
+        ([[4], [5]], {"temperature": 2.0, "min_new_tokens": 3, "stop": (0, 2, 3)}),
+    ):
+        continued(decoder, params, prompts, top_k=3, **changes)
+    assert (module.prefill._cache_size(), module.decode._cache_size()) == programs
 
 
 @pytest.mark.parametrize(
@@ -116,35 +174,59 @@ def test_sampled_frequencies_are_the_softmax(
     [
         ([[]], {}, "prompt 0 is empty"),
         ([[1], [16]], {}, "prompt 1 has a token id outside the model's vocabulary of 16"),
+        ([[9]], {"vocab_size": 9, "stop": ()}, "outside the model's vocabulary of 9"),
         ([[-1]], {}, "outside the model's vocabulary"),
         ([[1] * 252], {}, "more than the model's 256 positions"),
+        ([[1]], {"stop": (16,)}, "stop tokens .16.: outside the model's vocabulary of 16"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens = 0"),
-        ([[1]], {"temperature": -1.0}, "temperature = -1.0"),
-        ([[1]], {"temperature": float("nan")}, "temperature = nan"),
-        ([[1]], {"top_k": -1}, "top_k = -1"),
     ],
 )
 def test_wrong_arguments_are_refused(
     decoder: Decoder, params: Params, prompts: list, changes: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
-        sample(decoder, params, prompts, **changes)
+        continued(decoder, params, prompts, **changes)
 
 
 def test_all_positions_can_be_used(decoder: Decoder, params: Params) -> None:
     small = dataclasses.replace(decoder, spec=dataclasses.replace(SPEC, max_positions=10))
-    assert len(sample(small, params, [[1] * 4], end_id=-1)[0]) == 6
+    assert len(new_tokens(small, params, [[1] * 4, [2]], stop=())[0]) == 6
+
+
+WIDE = dataclasses.replace(
+    SPEC, hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, pattern=("local", "global"),
+    window=5,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("tensor", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_mesh_generates_what_one_device_does(tensor: int, devices: list[jax.Device]) -> None:
+    decoder = Decoder(spec=WIDE)
+    params = randomised(decoder)
+    prompts = [[1, 2, 3], [4] * 7, [5]]
+    settings = {"temperature": 1.0, "top_p": 0.9, "max_new_tokens": 12}
+    alone = continued(decoder, params, prompts, **settings)
+    on_mesh = make_mesh(-1, 2, tensor, devices=devices)
+    places = param_shardings(on_mesh, decoder.logical_axes(), decoder.abstract())
+    together = continued(decoder, jax.device_put(params, places), prompts, **settings)
+    np.testing.assert_array_equal(together.tokens, alone.tokens)
+    np.testing.assert_allclose(together.log_probs, alone.log_probs, atol=1e-4)
 
 
 @pytest.mark.torch
-def test_greedy_equals_transformers(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
-    import torch_llama
-
-    model = torch_llama.random_llama(tmp_path, **torch_llama.VARIANTS["wide_heads"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name == "gemma3" else [pytest.mark.slow]) for name in VARIANTS],
+)
+def test_greedy_equals_transformers(name: str, tmp_path: Path) -> None:
+    torch = torch_models.torch
+    model = torch_models.random_model(tmp_path, VARIANTS[name])
     decoder, values = Decoder(spec=hf.read_spec(tmp_path)), hf.load(tmp_path)
-    prompts = [[5, 9, 2], [60], list(range(20))]
-    ours = generate(decoder, values, prompts, max_new_tokens=24, end_id=63, key=KEY)
+    # One that is longer than every window and original length, all through its continuation.
+    prompts = [[5, 9, 2], list(range(30))]
+    if name in ("phi3_long", "llama_longrope"):
+        prompts = prompts[1:]  # transformers changes the rotation in the middle of the other
+    ours = new_tokens(decoder, values, prompts, max_new_tokens=24, stop=(63,))
     for prompt, new in zip(prompts, ours, strict=True):
         ids = torch.tensor([prompt])
         out = model.generate(

@@ -106,11 +106,25 @@ def test_mixture_lines_have_the_documented_keys_and_types(finished: Finished) ->
     for line in lines:
         assert set(line) == {
             *("event", "step", "start_row", "domains", "weights", "gap", "gap_kind", "controller"),
+            *("ratio", "share", "slope"),
         }
         assert line["domains"] == list(tiny.DOMAINS)
         assert is_vector(line["weights"]) and sum(line["weights"]) == pytest.approx(1, abs=1e-12)
-        assert is_vector(line["gap"])
+        assert is_vector(line["gap"]) and is_vector(line["ratio"])
+        np.testing.assert_allclose(np.log(line["ratio"]), line["gap"], atol=1e-12)
         assert (line["gap_kind"], line["controller"]) == ("loss_difference", "ddk")
+
+
+def test_mixture_lines_say_what_was_drawn_and_how_fast_it_was_learned(finished: Finished) -> None:
+    first, *lines = finished.of("mixture")
+    assert first["share"] is None and first["slope"] is None
+    tokens = {line["step"]: line["domain_tokens"] for line in finished.of("step")}
+    nats = {line["step"]: np.array(line["student_nats"]) for line in finished.of("evaluation")}
+    for before, line in zip([first, *lines], lines, strict=False):
+        drawn = np.sum([tokens[s] for s in range(before["step"] + 1, line["step"] + 1)], axis=0)
+        np.testing.assert_allclose(line["share"], drawn / drawn.sum(), rtol=1e-12)
+        slope = (nats[line["step"]] - nats[before["step"]]) / drawn.sum() * 1e6
+        np.testing.assert_allclose(line["slope"], slope, rtol=1e-9)
 
 
 def test_the_mixture_follows_the_measured_gaps_by_the_paper_s_equations(finished: Finished) -> None:
@@ -168,14 +182,16 @@ def test_the_summary_agrees_with_the_metrics(finished: Finished) -> None:
     assert set(stored) == {
         *("steps", "tokens", "stop_reason", "domains", "student_nats_before"),
         *("student_nats_after", "teacher_nats", "weights", "tokens_per_domain", "config_digest"),
-        "timing",
+        *("average_weights", "timing"),
     }
     evaluations, steps = finished.of("evaluation"), finished.of("step")
     assert stored["stop_reason"] == "steps" and stored["steps"] == tiny.STEPS
     assert stored["student_nats_before"] == evaluations[0]["student_nats"]
     assert stored["student_nats_after"] == evaluations[-1]["student_nats"]
     assert stored["teacher_nats"] == evaluations[0]["teacher_nats"]
-    assert stored["weights"] == finished.of("mixture")[-1]["weights"]
+    weights = [line["weights"] for line in finished.of("mixture")]
+    assert stored["weights"] == weights[-1]
+    np.testing.assert_allclose(stored["average_weights"], np.mean(weights, axis=0), rtol=1e-12)
     counts = np.sum([line["domain_tokens"] for line in steps], axis=0)
     assert stored["tokens_per_domain"] == counts.tolist()
     assert stored["tokens"] == steps[-1]["tokens"] == counts.sum()
@@ -383,13 +399,13 @@ def test_it_stops_when_the_discrepancy_is_small(
 
 
 def broken_teacher(tiny_root: Path, directory: Path) -> Path:
-    """The teacher with NaN in its weights, and no checksums that would tell."""
+    """The teacher with weights so large that its logits are not finite."""
     from safetensors.numpy import load_file, save_file
 
     shutil.copytree(tiny_root / "teacher", directory)
     (directory / "SHA256SUMS").unlink()
     tensors = load_file(directory / "model.safetensors")
-    tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], np.nan)
+    tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], 3e38)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
@@ -400,7 +416,7 @@ def last_params(config: Config, run_dir: Path) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(restored.state.params)]
 
 
-def test_a_teacher_of_nan_ends_the_run_with_a_diagnosis(
+def test_a_teacher_that_overflows_ends_the_run_with_a_diagnosis(
     tiny_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     teacher = broken_teacher(tiny_root, tmp_path / "teacher")
@@ -684,7 +700,7 @@ def test_other_content_under_the_same_names_is_refused(
         other = dataclasses.replace(Job(finished.config).manifest, inputs_digest="other")
         monkeypatch.setattr("ddk_jax.training.build.read_manifest", lambda _: other)
     else:
-        monkeypatch.setattr("ddk_jax.models.hf.file_digest", lambda _: "other")
+        monkeypatch.setattr("ddk_jax.models.hf.file_digest", lambda *_: "other")
     with pytest.raises(UserError, match=rf"the content of {what} has changed"):
         train(tiny.config(tiny_root, run_dir, **{"run.log_every_steps": 2}))
 
@@ -706,3 +722,29 @@ def test_a_second_writer_is_refused(tiny_root: Path, tmp_path: Path) -> None:
         train(config)
     assert caught.value.exit_code == 75
     assert not (tmp_path / "config.yaml").exists()
+
+
+def test_a_domain_is_gone_through_no_more_often_than_its_limit(
+    tiny_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`echo` has 30 rows, and would give 32 of the 96."""
+    config = tiny.config(tiny_root, tmp_path / "run", **{"mixture": {"controller": "static"}})
+    domains = tuple(
+        dataclasses.replace(d, max_epochs=0.5 if d.name == "echo" else 0.0)
+        for d in config.data.domains
+    )
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, domains=domains))
+    config = dataclasses.replace(
+        config, mixture=dataclasses.replace(config.mixture, interval_steps=4)
+    )
+    summary = train(config)
+    assert summary.steps == tiny.STEPS
+    job = Job(config)
+    restored = read_latest(tmp_path / "run" / "checkpoints", job.abstract_state())
+    assert restored is not None
+    drawn = restored.host["pipeline"]["schedule"]["drawn"]
+    rows = len(job.train_rows[2])
+    assert drawn[2] <= rows // 2 and sum(drawn) == tiny.STEPS * tiny.ROWS
+    lines = tiny.lasting_metrics(tmp_path / "run")
+    weights = [line["weights"][2] for line in lines if line["event"] == "mixture"]
+    assert weights[0] == pytest.approx(1 / 3) and weights[-1] == 0

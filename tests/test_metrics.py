@@ -77,6 +77,9 @@ def mixture_event(step: int) -> MixtureEvent:
         gap=[0.5, np.float64(np.nan)],
         gap_kind="loss_difference",
         controller="ddk",
+        ratio=np.array([1.6, np.inf]),
+        share=[0.3, 0.7],
+        slope=None,
     )
 
 
@@ -129,6 +132,9 @@ def test_the_schema(tmp_path: Path) -> None:
             "gap": [0.5, None],
             "gap_kind": "loss_difference",
             "controller": "ddk",
+            "ratio": [1.6, None],
+            "share": [0.3, 0.7],
+            "slope": None,
         },
         {"event": "checkpoint", "step": 1, "timing": {"seconds": 0.2}},
     ]

@@ -250,6 +250,8 @@ def test_the_record_holds_what_was_written(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.exp(run.gap), [[100, 80], [2, 4], [2, 2]])
     np.testing.assert_allclose(np.exp(run.mean_gap), [np.sqrt(8000), np.sqrt(8), 2])
     np.testing.assert_allclose(np.exp(run.worst_gap), [100, 4, 2])
+    speed = [np.log([1000 / 20, 400 / 20]) / 1e-4, np.log([1, 2]) / 3e-4]
+    np.testing.assert_allclose(run.learning_speed, [[np.nan] * 2, *speed])
 
 
 def test_the_table_equals_a_hand_computation(tmp_path: Path) -> None:
@@ -329,6 +331,7 @@ def unit_labels(figure: Figure) -> tuple[str, str]:
         ("ratio", "training tokens (thousands)", "perplexity ratio, student / teacher"),
         ("weights", "training tokens (thousands)", "mixture weight (share of rows)"),
         ("gap", "training tokens (thousands)", "gap to the teacher (nats/token)"),
+        ("speed", "training tokens (thousands)", "fall of the loss (nats / million tokens)"),
         ("loss", "training tokens (thousands)", "training loss (nats/token)"),
         ("learning_rate", "optimiser step", "learning rate"),
         (
@@ -541,7 +544,8 @@ def test_an_unfinished_run_without_a_teacher_has_the_figures_that_apply(
     assert all(np.isnan(row.teacher) and np.isnan(row.ratio) for row in domain_rows(run))
     page = write_report([path], tmp_path / "report")
     names = {file.stem for file in page.parent.glob("*.svg")}
-    assert names == {"perplexity", "weights", "loss", "learning_rate", "throughput", "overview"}
+    expected = {"perplexity", "weights", "speed", "loss", "learning_rate", "throughput"}
+    assert names == expected | {"overview"}
     assert "not finished" in Page(page).shown
 
 

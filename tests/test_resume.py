@@ -97,6 +97,40 @@ def test_stopped_at_five_steps_and_continued(
     assert_as_uninterrupted(config, finished, interruptions)
 
 
+def test_a_controller_that_follows_the_batches_forgets_none_of_them(
+    tiny_root: Path, tmp_path: Path, interruptions: Interruptions
+) -> None:
+    """Stopped in the middle of an interval; the reference is made from what the steps wrote."""
+    mixture = {"controller": "odm", "term": "forward_kl", "smoothing": 0.0, "interval_steps": 5}
+    whole, stopped = (
+        tiny.config(tiny_root, tmp_path / name, mixture=mixture) for name in ("whole", "stopped")
+    )
+    train(whole)
+    interruptions.at[8] = terminate_self
+    assert train(stopped).steps == 8
+    train(stopped)
+    assert tiny.outcome(stopped) == tiny.outcome(whole)
+
+    lines = tiny.lasting_metrics(tmp_path / "whole")
+    decided = {line["step"]: line for line in lines if line["event"] == "mixture"}
+    assert list(decided) == [0, 5, 10]
+    np.testing.assert_allclose(decided[0]["weights"], 1 / 3, rtol=1e-15)
+    for step in (5, 10):
+        steps = [x for x in lines if x["event"] == "step" and step - 5 < x["step"] <= step]
+        tokens = np.array([x["domain_tokens"] for x in steps], np.float64)
+        nats = np.array([x["domain_nats"]["forward_kl"] for x in steps], np.float64)
+        reward = np.exp(np.nansum(nats * tokens, axis=0) / tokens.sum(axis=0))
+        uniform = np.sqrt(3 * np.log(3) / step)
+        expected = (1 - uniform) * reward / reward.sum() + uniform / 3
+        np.testing.assert_allclose(decided[step]["weights"], expected, rtol=1e-6)
+    summary = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    average = np.mean([line["weights"] for line in decided.values()], axis=0)
+    np.testing.assert_allclose(summary["average_weights"], average, rtol=1e-12)
+    # And what it came to is another run's mixture.
+    fixed = {"controller": "static", "prior": str(tmp_path / "whole")}
+    assert Job(tiny.config(tiny_root, tmp_path, mixture=fixed)).prior == pytest.approx(average)
+
+
 def test_stopped_while_it_starts_and_while_it_measures(
     finished: Finished,
     tiny_root: Path,

@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ddk_jax.config import OptimConfig
 from ddk_jax.losses.chunked import ChunkPlan
 from ddk_jax.losses.objective import make_term
+from ddk_jax.losses.targets import Head
 from ddk_jax.models.collect import NOTHING, Collect, Collected
 from ddk_jax.models.decoder import Decoder
 from ddk_jax.models.spec import ModelSpec
@@ -121,8 +122,8 @@ class Bag:
     def final_norm(self, params: Any, x_BTE: jax.Array) -> jax.Array:
         return x_BTE
 
-    def head(self, params: Any) -> jax.Array:
-        return params["head"]
+    def head(self, params: Any) -> Head:
+        return Head(params["head"])
 
 
 BAG_AXES = {"table": ("vocab_in", "embed"), "scale": ("norm",), "head": ("embed", "vocab")}

@@ -16,14 +16,17 @@ from jax.sharding import Mesh
 from ddk_jax.config import resolve_path
 from ddk_jax.data.sources import MultipleChoice
 from ddk_jax.data.tokenize import Tokenizer
+from ddk_jax.losses.targets import Head
 from ddk_jax.models import hf
-from ddk_jax.models.decoder import Decoder, causal_segment_mask
+from ddk_jax.models.attention import causal_segment_mask
+from ddk_jax.models.decoder import Decoder
 from ddk_jax.parallel.mesh import make_mesh
 from ddk_jax.tasks import likelihood
 from ddk_jax.tasks.likelihood import Likelihood, likelihoods
 from ddk_jax.tasks.requests import Request, choice_requests
 
 VOCABULARY = 19
+SOFTCAP = 3.0
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ class Bag:
         weight = jnp.where(causal_segment_mask(segment_ids), weight, 0.0)
         return weight @ params["table"][tokens], None
 
-    def head(self, params: Any) -> Any:
-        return params["head"]
+    def head(self, params: Any) -> Head:
+        return Head(params["head"], softcap=jnp.float32(SOFTCAP))
 
 
 def bag_params(seed: int = 0) -> dict[str, np.ndarray]:
@@ -59,7 +62,7 @@ def expected(request: Request, max_tokens: int) -> tuple[np.ndarray, np.ndarray,
         truncated |= window == 0 and begin > 0
         seen = tokens[begin:i]
         weight = 1 / np.arange(seen.size, 0, -1)
-        logits = (weight @ table[seen]) @ head
+        logits = SOFTCAP * np.tanh((weight @ table[seen]) @ head / SOFTCAP)
         normalised = logits - logits.max()
         normalised -= np.log(np.sum(np.exp(normalised)))
         log_probs.append(normalised[tokens[i]])

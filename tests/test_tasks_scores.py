@@ -16,6 +16,7 @@ import tiny
 from ddk_jax.data.sources import MultipleChoice
 from ddk_jax.data.tokenize import Tokenizer
 from ddk_jax.errors import DataError
+from ddk_jax.losses.targets import Head
 from ddk_jax.parallel.mesh import make_mesh
 from ddk_jax.tasks.examples import Examples, LastWord, Passage, Task
 from ddk_jax.tasks.likelihood import Likelihood
@@ -35,8 +36,8 @@ class Bigram:
     def apply(self, params: Any, tokens: Any, segment_ids: Any, positions: Any) -> tuple[Any, None]:
         return jax.nn.one_hot(tokens, tiny.VOCABULARY), None
 
-    def head(self, params: Any) -> Any:
-        return params
+    def head(self, params: Any) -> Head:
+        return Head(params)
 
 
 @pytest.fixture(scope="module")

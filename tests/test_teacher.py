@@ -11,7 +11,7 @@ import pytest
 from ddk_jax.config import load_config, resolve_path
 from ddk_jax.data.tokenize import Tokenizer, same_tokens
 from ddk_jax.models import hf
-from ddk_jax.models.decoder import Decoder
+from ddk_jax.models.decoder import Decoder, num_parameters
 
 TEACHER = resolve_path("assets:teacher")
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune"
@@ -23,9 +23,9 @@ def test_it_has_the_tokenizer_of_the_corpus():
 
 def test_it_is_bfloat16_and_of_the_documented_size():
     spec = hf.read_spec(TEACHER)
-    assert spec.num_parameters == 4_000_000
+    assert num_parameters(spec) == 4_000_000
     weights = (TEACHER / "model.safetensors").stat().st_size
-    assert 2 * spec.num_parameters < weights < 2 * spec.num_parameters + 10_000
+    assert 2 * num_parameters(spec) < weights < 2 * num_parameters(spec) + 10_000
 
 
 def test_its_config_is_the_one_that_reproduces_it():
@@ -51,5 +51,5 @@ def test_logits_equal_transformers(tmp_path):
     segments = jnp.ones(ids.shape, jnp.int32)
     positions = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
     hidden, _ = decoder.apply(params, jnp.asarray(ids), segments, positions)
-    logits = np.asarray(hidden @ decoder.head(params))
+    logits = np.asarray(hidden @ decoder.head(params).kernel)
     assert np.abs(logits - wanted).max() <= 1e-4 * np.abs(wanted).max()

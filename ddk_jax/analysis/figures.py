@@ -72,6 +72,13 @@ def mixture_weights(runs: Runs) -> Figure:
 
 
 @styled
+def learning_speed(runs: Runs) -> Figure:
+    """How fast the validation loss of each domain falls, per training token of all domains."""
+    label = "fall of the loss (nats / million tokens)"
+    return _domain_figure(runs, _speed_curve, label, reference=0.0)
+
+
+@styled
 def gap_to_teacher(runs: Runs) -> Figure:
     """Mean over the domains and worst domain of student minus teacher, nats per token."""
     handles = _run_handles(runs)
@@ -343,6 +350,10 @@ def _draw_gap_of_one(axes: Axes, run: RunRecord, scale: float) -> None:
 def _ratio_curve(run: RunRecord) -> tuple[np.ndarray, np.ndarray]:
     assert run.gap is not None, NEEDS_TEACHER
     return run.evaluation_tokens, perplexity(run.gap)
+
+
+def _speed_curve(run: RunRecord) -> tuple[np.ndarray, np.ndarray]:
+    return run.evaluation_tokens[1:], run.learning_speed[1:]
 
 
 def _weight_curve(run: RunRecord) -> tuple[np.ndarray, np.ndarray]:

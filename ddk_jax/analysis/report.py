@@ -55,6 +55,10 @@ def _is_taught(run: RunRecord) -> bool:
     return run.teacher_nats is not None and len(run.student_nats) > 1
 
 
+def _is_measured_twice(run: RunRecord) -> bool:
+    return len(run.student_nats) > 1
+
+
 def _has_steps(run: RunRecord) -> bool:
     return len(run.steps) > 0
 
@@ -95,6 +99,14 @@ KINDS = (
         "furthest behind.",
         figures.gap_to_teacher,
         _is_taught,
+    ),
+    FigureKind(
+        "speed",
+        "Speed of learning",
+        "How fast the validation loss of each domain fell from one measurement to the next. What "
+        "is at 0 learns no more; a large gap there is one that its tokens do not close.",
+        figures.learning_speed,
+        _is_measured_twice,
     ),
     FigureKind(
         "loss",

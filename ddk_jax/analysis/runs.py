@@ -94,6 +94,17 @@ class RunRecord:
         return None if self.gap is None else over_domains(np.max, self.gap)
 
     @property
+    def learning_speed(self) -> Float64[np.ndarray, "E D"]:
+        """Fall of the student's loss since the evaluation before, nats per million tokens of all.
+
+        NaN at the first one.
+        """
+        tokens = np.diff(self.evaluation_tokens, prepend=self.evaluation_tokens[:1])
+        fall = -np.diff(self.student_nats, axis=0, prepend=self.student_nats[:1])
+        none = np.full_like(fall, np.nan)
+        return np.divide(1e6 * fall, tokens[:, None], out=none, where=tokens[:, None] > 0)
+
+    @property
     def final_weights(self) -> Float64[np.ndarray, "D"]:
         """The last weights that the controller set; NaN when the run logged none."""
         return self.weights[-1] if len(self.weights) else np.full(len(self.domains), np.nan)

@@ -23,6 +23,8 @@ RULES: dict[str, str | None] = {
     "head_width": None,
     "ffn": "tensor",
     "norm": None,
+    "positions": None,
+    "rank": None,
     "vocab": VOCAB_AXIS,
     # The look-up in a vocabulary-sharded table all-reduces the whole batch: shard its width alone.
     "vocab_in": None,

@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int
 
+from ddk_jax.losses.targets import Head, finish
 from ddk_jax.models.decoder import segment_positions
 from ddk_jax.parallel.mesh import DATA_AXES, data_shards, replicated
 from ddk_jax.tasks.requests import Request
@@ -42,8 +43,8 @@ class Model(Protocol):
         """Normed final hidden states [B, T, E]."""
         ...
 
-    def head(self, params: Any) -> Array:
-        """LM head [E, V]."""
+    def head(self, params: Any) -> Head:
+        """LM head."""
         ...
 
 
@@ -166,7 +167,8 @@ def _score(
 
     def score_columns(part: tuple[Array, Array]) -> tuple[Array, Array]:
         hidden_BSE, labels_BS = part
-        logits = jnp.matmul(hidden_BSE, head, preferred_element_type=jnp.float32)
+        raw = jnp.matmul(hidden_BSE, head.kernel, preferred_element_type=jnp.float32)
+        logits = finish(raw.reshape(-1, raw.shape[2]), head, 0).reshape(raw.shape)
         chosen = jnp.take_along_axis(logits, labels_BS[:, :, None], axis=2)[:, :, 0]
         log_probs = chosen - jax.nn.logsumexp(logits, axis=2)
         return log_probs, jnp.argmax(logits, axis=2) == labels_BS

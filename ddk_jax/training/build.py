@@ -1,6 +1,7 @@
 """From a Config to the parts of a run: mesh, models, objective, optimizer, steps, data, controller.
 
-The names in the config (losses, controllers, types) are resolved here and nowhere else.
+Names of losses are resolved in `terms.py`, of controllers in `steering.py`, of models in `loaded.py`
+and `student.py`.
 """
 
 from __future__ import annotations
@@ -32,20 +33,18 @@ from ddk_jax.losses.objective import (
     needs_teacher,
 )
 from ddk_jax.losses.state_terms import Shape, StateTerm
-from ddk_jax.mixture.controllers import CONTROLLERS, Controller, Static
-from ddk_jax.mixture.gaps import GAPS
-from ddk_jax.models import families, hf
+from ddk_jax.mixture.controller import Controller
 from ddk_jax.models.decoder import Decoder
+from ddk_jax.models.hub import resolve
 from ddk_jax.parallel.mesh import (
     VOCAB_AXIS,
     data_shards,
     make_mesh,
     replicated,
 )
-from ddk_jax.plain import suggest
 from ddk_jax.training.checkpoint import read_latest
 from ddk_jax.training.evaluate import DomainNats, Validation, cached
-from ddk_jax.training.loaded import TeacherSet, check_tokens, compute_dtype, data_tokenizer
+from ddk_jax.training.loaded import TeacherSet, compute_dtype, data_tokenizer
 from ddk_jax.training.micro import Frozen, MicroLoss, Teachers
 from ddk_jax.training.optimizer import make_optimizer
 from ddk_jax.training.state import (
@@ -55,32 +54,10 @@ from ddk_jax.training.state import (
     place_batch,
     state_shardings,
 )
+from ddk_jax.training.steering import Steering, make_controller, prior_weights
 from ddk_jax.training.step import TrainStep, make_train_step
+from ddk_jax.training.student import Student
 from ddk_jax.training.terms import make_objective
-
-
-def make_controller(config: Config) -> Controller:
-    """The controller that the config names.
-
-    Raises:
-      UserError: an unknown controller or gap, with a suggestion; or no teacher to measure a gap to.
-    """
-    mixture = config.mixture
-    if mixture.controller not in CONTROLLERS:
-        raise UserError(
-            f"mixture.controller = {mixture.controller!r}: "
-            f"{suggest(mixture.controller, list(CONTROLLERS))}"
-        )
-    if mixture.gap not in GAPS:
-        raise UserError(f"mixture.gap = {mixture.gap!r}: {suggest(mixture.gap, list(GAPS))}")
-    if not config.teacher.path and mixture.controller != Static.name:
-        raise UserError(
-            f"mixture.controller = {mixture.controller!r} follows the gap to a teacher: set "
-            f"teacher.path, or mixture.controller to {Static.name}"
-        )
-    return CONTROLLERS[mixture.controller](
-        gap=mixture.gap, alpha=mixture.alpha, warmup_intervals=mixture.warmup_intervals
-    )
 
 
 @contextmanager
@@ -164,7 +141,8 @@ class Job:
     @cached_property
     def train_rows(self) -> list[DomainRows]:
         """Training rows of every domain."""
-        return open_rows(resolve_path(self.config.data.dir), "train", self.config.data.seq_len)
+        data = self.config.data
+        return open_rows(resolve_path(data.dir), "train", data.seq_len, data.packing)
 
     @cached_property
     def teachers(self) -> TeacherSet:
@@ -180,31 +158,14 @@ class Job:
         return Retokeniser(ours, theirs, teacher_length(self.train_rows, ours, theirs))
 
     @cached_property
+    def start(self) -> Student:
+        """Where the student comes from, and what of it learns."""
+        return Student(self.config, self.mesh, self.manifest, self.teachers, self.dtype)
+
+    @property
     def student(self) -> Decoder:
         """The student's decoder."""
-        config, teachers = self.config.student, self.teachers
-        if config.path:
-            spec = hf.read_spec(resolve_path(config.path))
-            check_tokens(self.config, self.manifest, config.path, "student", spec)
-        else:
-            spec = config.spec
-            for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_size"):
-                if not getattr(spec, name):
-                    raise UserError(
-                        f"student.spec.{name} is missing: describe the student, or set "
-                        "student.path to a model directory"
-                    )
-            size = self.manifest.tokenizer.vocab_size
-            if teachers.specs and teachers.tokenizer is None:
-                size = teachers.specs[0].vocab_size
-            spec = replace(spec, vocab_size=spec.vocab_size or size)
-            families.config_from_spec(spec)  # refuse now what could not be exported later
-        if spec.vocab_size < self.manifest.tokenizer.vocab_size:
-            raise UserError(
-                f"the student has {spec.vocab_size} embeddings, the tokenizer "
-                f"{self.manifest.tokenizer.vocab_size} tokens: set student.spec.vocab_size to 0"
-            )
-        return Decoder(spec=spec, dtype=self.dtype, remat=config.remat)
+        return self.start.decoder
 
     @cached_property
     def objective(self) -> Objective:
@@ -277,7 +238,7 @@ class Job:
         return make_optimizer(
             self.config.optim,
             self.config.train.steps,
-            self.student.logical_axes(),
+            self.start.logical_axes(),
             freeze_student=self.config.student.frozen,
         )
 
@@ -290,17 +251,28 @@ class Job:
 
     @cached_property
     def controller(self) -> Controller:
-        """What turns gaps into weights."""
-        return make_controller(self.config)
+        """What turns observations into weights."""
+        named = tuple(domain.name for domain in self.config.data.domains)
+        return make_controller(self.config, named or self.domains)
 
-    @cached_property
+    @property
     def prior(self) -> np.ndarray:
         """Weights before any measurement, float64 [D]."""
-        sizes = [
-            1.0 if self.config.mixture.prior == "uniform" else float(domain.train.tokens)
-            for domain in self.manifest.domains
-        ]
-        return np.array(sizes) / sum(sizes)
+        tokens = [domain.train.tokens for domain in self.manifest.domains]
+        return prior_weights(self.config.mixture, self.domains, tokens)
+
+    def steering(self, teacher_nats: DomainNats | None) -> Steering:
+        """The mixture of a run that is about to start."""
+        rows = self.config.train.rows_per_step
+        return Steering(
+            self.controller,
+            self.prior,
+            domains=self.domains,
+            terms=[term.name for term in self.objective],
+            teacher_nats=None if teacher_nats is None else teacher_nats.nats,
+            rows_per_step=rows,
+            rows_per_interval=rows * self.config.mixture.interval_steps,
+        )
 
     def check(self) -> None:
         """Refuse a config that cannot be run, before any long work.
@@ -313,34 +285,34 @@ class Job:
         self._check_divides(config.evaluation.batch_rows, "evaluation.batch_rows")
         if config.train.stop_discrepancy and not config.teacher.path:
             raise UserError("train.stop_discrepancy compares with a teacher: set teacher.path")
-        _ = self.objective, self.controller, self.micro_rows, self.student, self.train_rows
+        _ = self.objective, self.controller, self.prior, self.micro_rows, self.train_rows
+        _ = self.student, self.start.lora
         _ = self.teachers.weights
         with _said_of("objective.terms"):
             check_terms(self.objective, self.manifest.tokenizer.vocab_size)
 
+    def commits(self) -> dict[str, str]:
+        """Commit of every hub repository that the config names as a model, by its id."""
+        named = (self.config.student, self.config.teacher, *self.config.teacher.others)
+        found = {model.path: resolve(model.path, model.revision) for model in named if model.path}
+        return {path: model.commit for path, model in found.items() if model.repo}
+
     def initial_state(self) -> TrainState:
         """The state before the first step, in its shardings."""
-        student, config = self.student, self.config
-        keys = jax.random.split(jax.random.key(config.run.seed))
+        keys = jax.random.split(jax.random.key(self.config.run.seed))
         objective = self._objective_params(keys[1])
-        if config.student.path:
-            shardings = self.state_shardings.params["student"]
-            params = hf.load(
-                resolve_path(config.student.path), spec=student.spec, shardings=shardings
-            )
-        else:
-            params = None  # made inside, so that every device makes its own part
+        given = self.start.given(self.state_shardings.params["student"])
 
-        def start(key: Array, params: Any, objective: Any) -> TrainState:
-            made = student.init(key) if params is None else params
+        def start(key: Array, given: Any, objective: Any) -> TrainState:
+            made = self.start.init(key) if given is None else given
             return initial_state(made, objective, self.optimizer)
 
-        return jax.jit(start, out_shardings=self.state_shardings)(keys[0], params, objective)
+        return jax.jit(start, out_shardings=self.state_shardings)(keys[0], given, objective)
 
     @cached_property
     def state_shardings(self) -> TrainState:
         """Shardings of the train state."""
-        return state_shardings(self.mesh, self._abstract_state, self.student.logical_axes())
+        return state_shardings(self.mesh, self._abstract_state, self.start.logical_axes())
 
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the train state, for restoring a checkpoint."""
@@ -355,7 +327,7 @@ class Job:
         _ = self._student_filters  # are read, not traced
         objective = jax.eval_shape(self._objective_params, jax.random.key(0))
         return jax.eval_shape(
-            lambda o: initial_state(self.student.init(jax.random.key(0)), o, self.optimizer),
+            lambda o: initial_state(self.start.init(jax.random.key(0)), o, self.optimizer),
             objective,
         )
 
@@ -368,6 +340,7 @@ class Job:
             plan=self.plan,
             mesh=self.mesh,
             freeze_student=self.config.student.frozen,
+            lora=self.start.lora,
         )
         return make_train_step(
             loss,
@@ -381,7 +354,7 @@ class Job:
     @property
     def frozen(self) -> Frozen:
         """What the train step reads and does not change."""
-        return Frozen(self.teachers.params, self.frozen_objective)
+        return Frozen(self.teachers.params, self.frozen_objective, self.start.base)
 
     @cached_property
     def plan(self) -> ChunkPlan:
@@ -398,7 +371,7 @@ class Job:
             teacher_vocab_size=theirs.vocab_size if theirs else 0,
             by_confidence=self.config.teacher.by_confidence,
             round_logits=self.config.objective.round_logits,
-            head_gradient=not self.config.student.frozen,
+            head_gradient=not self.config.student.frozen and self.start.lora is None,
         )
 
     def pipeline(self, weights: np.ndarray) -> MixturePipeline:

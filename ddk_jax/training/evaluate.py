@@ -122,7 +122,7 @@ class Validation:
     ) -> EvalStep:
         if models.models not in self._steps:
             heads = [jax.eval_shape(m.head, p) for m, p in zip(models.models, params, strict=True)]
-            plan = self.plan(max(head.shape[1] for head in heads))
+            plan = self.plan(max(head.kernel.shape[1] for head in heads))
             if tokens is not None:
                 plan = replace(plan, vocab_size=tokens.theirs.vocab_size, teacher_vocab_size=0)
             self._steps[models.models] = make_eval_step(

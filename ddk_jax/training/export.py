@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import TypeVar
 
 import jax.numpy as jnp
 
@@ -15,18 +16,22 @@ from ddk_jax.config import resolve_path
 from ddk_jax.data.shards import read_manifest
 from ddk_jax.models import hf
 from ddk_jax.training.trained import load_student
+from ddk_jax.training.transfer import TransferLine
 
 _log = logging.getLogger(__name__)
 
+Place = TypeVar("Place", str, Path)
 
-def export_run(run_dir: Path, out: Path, *, dtype: str = "float32") -> Path:
+
+def export_run(run_dir: Path, out: Place, *, dtype: str = "float32") -> Place:
     """Write the student of a run's newest checkpoint as a Hugging Face model directory.
 
-    The directory appears whole or not at all; an earlier export in its place is replaced.
+    The directory appears whole or not at all (in a bucket: SHA256SUMS last); an earlier export in
+    its place is replaced.
 
     Args:
       run_dir: the run directory; the prepared data that its config names must still be there.
-      out: where to.
+      out: where to: a directory, or a place in a bucket such as `gs://bucket/student`.
       dtype: type of the written weights, `float32` or `bfloat16`.
 
     Returns:
@@ -50,14 +55,16 @@ def export_run(run_dir: Path, out: Path, *, dtype: str = "float32") -> Path:
         has_figure=has_figure,
     )
     shown = {FIGURE: png_bytes(figures.mixture_weights([record]))} if has_figure else {}
-    hf.export(
-        student.params,
-        spec,
-        out,
-        tokenizer_dir=student.tokenizer,
-        dtype=jnp.dtype(dtype),
-        card=card,
-        figures=shown,
-    )
+    with TransferLine(str(out)) as line:
+        hf.export(
+            student.params,
+            spec,
+            out,
+            tokenizer_dir=student.tokenizer,
+            dtype=jnp.dtype(dtype),
+            card=card,
+            figures=shown,
+            progress=line.update,
+        )
     _log.info("event=export step=%d dir=%s", student.step, out)
     return out

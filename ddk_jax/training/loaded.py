@@ -1,4 +1,4 @@
-"""Models out of directories, on the mesh; and whether their tokens are those of the data."""
+"""Models out of directories and from the hub; and whether their tokens are those of the data."""
 
 from __future__ import annotations
 
@@ -12,18 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ddk_jax.config import Config, OtherTeacherConfig, TeacherConfig, resolve_path
+from ddk_jax.config import (
+    Config,
+    OtherTeacherConfig,
+    StudentConfig,
+    TeacherConfig,
+    resolve_path,
+)
 from ddk_jax.data.shards import TOKENIZER, Manifest
 from ddk_jax.data.tokenize import Tokenizer, same_tokens
 from ddk_jax.errors import UserError
 from ddk_jax.losses.objective import crosses_vocabularies
 from ddk_jax.models import hf
 from ddk_jax.models.decoder import Decoder
+from ddk_jax.models.hub import Resolved, resolve
 from ddk_jax.models.spec import ModelSpec
 from ddk_jax.parallel.mesh import param_shardings
 from ddk_jax.plain import suggest
 from ddk_jax.training.micro import Teachers
 from ddk_jax.training.terms import make_objective
+from ddk_jax.training.transfer import TransferLine
 
 
 def compute_dtype(name: str) -> Any:
@@ -39,25 +47,47 @@ class Loaded:
 
     decoder: Decoder
     params: Any
-    digest: str
-    """Identifies the files that it was read from."""
+    origin: Resolved
+    """Where it was read from."""
+
+    @cached_property
+    def digest(self) -> str:
+        """Identifies the files that it was read from."""
+        with TransferLine(str(self.origin)) as line:
+            return hf.file_digest(self.origin.directory, line.update)
 
 
-def load_model(path: str, mesh: Mesh, *, dtype: Any, params_dtype: Any) -> Loaded:
-    """Read a Hugging Face model directory onto the mesh.
+def load_model(
+    path: str, mesh: Mesh, *, revision: str = "", dtype: Any, params_dtype: Any
+) -> Loaded:
+    """Read a Hugging Face model onto the mesh.
 
     Args:
-      path: the directory; `assets:NAME` is one shipped in the package.
+      path: what `models.hub.resolve` takes.
       mesh: where to.
+      revision: commit or tag of a hub repository.
       dtype: type of the activations.
       params_dtype: type that the parameters are held in.
     """
-    directory = resolve_path(path)
-    spec = hf.read_spec(directory)
-    decoder = Decoder(spec=spec, dtype=dtype)
+    origin = resolve(path, revision)
+    decoder = Decoder(spec=hf.read_spec(origin.directory), dtype=dtype)
     shardings = param_shardings(mesh, decoder.logical_axes(), decoder.abstract())
-    params = hf.load(directory, spec=spec, dtype=params_dtype, shardings=shardings)
-    return Loaded(decoder=decoder, params=params, digest=hf.file_digest(directory))
+    params = read_params(origin, decoder.spec, dtype=params_dtype, shardings=shardings)
+    return Loaded(decoder=decoder, params=params, origin=origin)
+
+
+def read_params(origin: Resolved, spec: ModelSpec, *, dtype: Any, shardings: Any) -> Any:
+    """Read a model's parameters, and show how far it is where that takes long.
+
+    Args:
+      origin: the model.
+      spec: as `hf.read_spec` returned it.
+      dtype: type of the parameters.
+      shardings: a sharding in the place of every one.
+    """
+    directory = origin.fetch()
+    with TransferLine(str(origin)) as line:
+        return hf.load(directory, spec=spec, dtype=dtype, shardings=shardings, progress=line.update)
 
 
 @dataclass(frozen=True)
@@ -86,8 +116,8 @@ class TeacherSet:
         """Shapes; cheap, for the weights are not read."""
         found = []
         for teacher in self._configs:
-            found.append(hf.read_spec(resolve_path(teacher.path)))
-            check_tokens(self.config, self.manifest, teacher.path, "teacher", found[-1])
+            found.append(hf.read_spec(resolve(teacher.path, teacher.revision).directory))
+            check_tokens(self.config, self.manifest, teacher, "teacher", found[-1])
         return tuple(found)
 
     @cached_property
@@ -95,14 +125,22 @@ class TeacherSet:
         """The models."""
         _ = self.specs  # refuse a wrong one before reading the weights of the others
         types = {"dtype": self.student_dtype, "params_dtype": self.dtype}
-        return tuple(load_model(teacher.path, self.mesh, **types) for teacher in self._configs)
+        return tuple(
+            load_model(teacher.path, self.mesh, revision=teacher.revision, **types)
+            for teacher in self._configs
+        )
+
+    @property
+    def origins(self) -> tuple[Resolved, ...]:
+        """Where the teachers are; of hub repositories, with the commit."""
+        return tuple(resolve(teacher.path, teacher.revision) for teacher in self._configs)
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
         """The teacher's, if its tokens are not the data's."""
         if not self.specs or not may_differ(self.config):
             return None
-        directory = resolve_path(self.config.teacher.path)
+        directory = self.origins[0].tokenizer_dir()
         if not (directory / "tokenizer.json").is_file():
             return None
         theirs = Tokenizer(directory)
@@ -157,7 +195,7 @@ def may_differ(config: Config) -> bool:
 def check_tokens(
     config: Config,
     manifest: Manifest,
-    path: str,
+    model: TeacherConfig | OtherTeacherConfig | StudentConfig,
     who: Literal["student", "teacher"],
     spec: ModelSpec,
 ) -> None:
@@ -165,8 +203,8 @@ def check_tokens(
 
     A teacher may have another one if all terms that need it compare across vocabularies.
     """
-    tokens = manifest.tokenizer.vocab_size  # first of all: is there any data?
-    directory = resolve_path(path)
+    path, tokens = model.path, manifest.tokenizer.vocab_size  # first of all: is there any data?
+    directory = resolve(path, model.revision).tokenizer_dir()
     if (directory / "tokenizer.json").is_file():
         data = data_tokenizer(config)
         if differences := same_tokens(Tokenizer(directory), data):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ import numpy as np
 from ddk_jax.config import Config, resolve_path
 from ddk_jax.data.rows import predicted_tokens
 from ddk_jax.errors import DivergedError, UserError
-from ddk_jax.mixture.controllers import ControllerState, advice
 from ddk_jax.mixture.gaps import discrepancy
 from ddk_jax.training.build import Job
 from ddk_jax.training.checkpoint import Checkpoints, Saved
@@ -25,7 +24,6 @@ from ddk_jax.training.metrics import (
     CheckpointEvent,
     EvaluationEvent,
     MetricsWriter,
-    MixtureEvent,
     ProgressLine,
     StepEvent,
     StepTiming,
@@ -59,6 +57,8 @@ class RunSummary:
     """The teacher's; None without one."""
     weights: list[float]
     """The last weights of the mixture."""
+    average_weights: list[float]
+    """Their mean over the intervals: a later run can take it as its `mixture.prior`."""
     tokens_per_domain: list[int]
     config_digest: str
     timing: dict[str, float]
@@ -81,7 +81,7 @@ def train(config: Config) -> RunSummary:
             return finished
         job = Job(config)
         job.check()
-        open_run(config, run_dir)
+        open_run(config, run_dir, job.commits())
         with (
             Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
             _Run(job, run_dir, checkpoints) as run,
@@ -133,7 +133,7 @@ class _Run:
         self._pending: _Pending | None = None
         self.waited = 0.0
         self._saved_step = -1
-        self._advised = False
+        self._said_epochs: dict[str, int] = {}
 
     def __enter__(self) -> _Run:
         return self
@@ -150,8 +150,8 @@ class _Run:
         self.teacher_nats = job.teacher_nats()
         self.train_step = job.train_step()
         self.schedule = learning_rate(config.optim, config.train.steps)
-        self.controller_state = job.controller.init(job.prior)
-        self.pipeline = job.pipeline(job.controller.weights(self.controller_state))
+        self.steering = job.steering(self.teacher_nats)
+        self.pipeline = job.pipeline(self.steering.weights)
 
         restored = self.checkpoints.restore_latest(job.abstract_state())
         truncate_after(self.run_dir / "metrics.jsonl", restored.step if restored else -1)
@@ -160,6 +160,9 @@ class _Run:
             self.state: TrainState = job.initial_state()
             self.evaluate()
             self.steer()
+            rows = config.train.steps * config.train.rows_per_step
+            for sentence in self.pipeline.shortages(self.steering.weights, rows):
+                _log.warning("%s", sentence)
         else:
             _log.info("event=resume step=%d", restored.step)
             self.state, self.step = restored.state, restored.step
@@ -195,7 +198,8 @@ class _Run:
             return
         self._report()
         start = time.monotonic()
-        nats = self.job.measure(self.job.student, self.state.params["student"])
+        student = self.job.start.whole(self.state.params["student"])
+        nats = self.job.measure(self.job.student, student)
         self.before = self.before or to_json(nats.nats)
         self.measured = self.step, nats
         teacher = self.teacher_nats
@@ -215,33 +219,34 @@ class _Run:
         self.clock = time.monotonic()  # not part of the next step
 
     def steer(self) -> None:
-        """Turn the last measurement into weights, from the next row on."""
-        job, controller = self.job, self.job.controller
+        """Turn what was measured into weights, from the next row on."""
         assert self.measured is not None
-        gap = None
-        if self.teacher_nats is not None:
-            self.controller_state = controller.update(
-                self.controller_state, self.measured[1].nats, self.teacher_nats.nats
-            )
-            gap = self.controller_state.gap
-            self._warn()
-        weights = controller.weights(self.controller_state)
-        # Follows from the step alone, so every host sets the same row.
-        start_row = self.step * self.config.train.rows_per_step
-        self.pipeline.set_weights(weights, start_row)
-        self.metrics.write(
-            MixtureEvent(
-                step=self.step,
-                start_row=start_row,
-                domains=job.domains,
-                weights=weights,
-                gap=gap,
-                gap_kind=controller.gap,
-                controller=controller.name,
-            )
+        self._report()
+        event = self.steering.decide(self.step, self.measured[1].nats, self.tokens_per_domain)
+        start_row = int(event.start_row)
+        # What the controller wants, as far as the limits of the domains allow.
+        weights = self.pipeline.within_epochs(
+            self.steering.weights, start_row, self._rows_until_steered, self._max_epochs
         )
-        shares = " ".join(f"{n}={w:.3f}" for n, w in zip(job.domains, weights, strict=True))
+        self.pipeline.set_weights(weights, start_row)
+        self.metrics.write(replace(event, weights=weights))
+        for name, times in zip(event.domains, self.pipeline.epochs(), strict=True):
+            if times >= self._said_epochs.get(name, 0) + 1:
+                self._said_epochs[name] = int(times)
+                _log.info("event=epoch domain=%s gone_through=%.1f", name, times)
+        shares = " ".join(f"{n}={w:.3f}" for n, w in zip(event.domains, weights, strict=True))
         _log.info("event=mixture step=%d start_row=%d %s", self.step, start_row, shares)
+
+    @property
+    def _rows_until_steered(self) -> int:
+        train = self.config.train
+        steps = min(self.config.mixture.interval_steps, train.steps - self.step)
+        return max(steps, 1) * train.rows_per_step
+
+    @property
+    def _max_epochs(self) -> list[float]:
+        limits = {domain.name: domain.max_epochs for domain in self.config.data.domains}
+        return [limits.get(name, 0.0) for name in self.job.domains]
 
     def save(self) -> None:
         """Start a checkpoint of this step, unless there is one."""
@@ -252,7 +257,7 @@ class _Run:
         _log.info("event=save_start step=%d", self.step)
         host = {
             "pipeline": self.pipeline.state,
-            "controller": self.controller_state.to_json(),
+            "steering": self.steering.to_json(),
             "tokens_per_domain": self.tokens_per_domain.tolist(),
             "before": self.before,
             "measured": None
@@ -295,7 +300,8 @@ class _Run:
             student_nats_before=self.before,
             student_nats_after=to_json(self.measured[1].nats) if self.measured else [],
             teacher_nats=None if teacher is None else to_json(teacher.nats),
-            weights=self.job.controller.weights(self.controller_state).tolist(),
+            weights=self.steering.weights.tolist(),
+            average_weights=self.steering.average,
             tokens_per_domain=self.tokens_per_domain.tolist(),
             config_digest=self.config.digest(),
             timing={
@@ -306,10 +312,12 @@ class _Run:
 
     def _inputs(self) -> dict[str, str]:
         """Digests of what the run learns from; a change would go unnoticed in the config."""
-        data = {"data.dir": self.job.manifest.inputs_digest}
-        return data | (
-            {"teacher.path": self.job.teachers.digest} if self.job.teachers.loaded else {}
-        )
+        inputs = {"data.dir": self.job.manifest.inputs_digest}
+        if self.job.teachers.loaded:
+            inputs["teacher.path"] = self.job.teachers.digest
+        if self.job.start.lora is not None:
+            inputs["student.path"] = self.job.start.base_digest
+        return inputs
 
     def _restore_host(self, host: dict[str, Any]) -> None:
         then, now = host["inputs"], self._inputs()
@@ -322,7 +330,7 @@ class _Run:
                 f"this is not the data and the teacher that {self.run_dir} was trained on "
                 f"({error}): bring them back, or choose another run.dir"
             ) from error
-        self.controller_state = ControllerState.from_json(host["controller"])
+        self.steering.restore(host["steering"])
         self.tokens_per_domain = np.array(host["tokens_per_domain"], np.int64)
         self.before = host["before"]
         if host["measured"] is not None:
@@ -345,6 +353,7 @@ class _Run:
             data_wait_seconds=waited,
         )
         applied = pending.step - 1 - int(sums.skipped_before)
+        self.steering.count(sums)
         self.metrics.write(_step_event(self.job, pending, sums, self.schedule(applied), timing))
         self.progress.update(
             pending.step, loss=float(sums.loss), tokens_per_second=timing.tokens_per_second
@@ -366,16 +375,6 @@ class _Run:
             f"({what} is not finite; rows {first} to {pending.step * rows - 1}). None of them was "
             "applied. Lower optim.learning_rate, or look at these rows"
         )
-
-    def _warn(self) -> None:
-        state, domains = self.controller_state, self.job.domains
-        for i in state.unmeasured:
-            _log.warning("domain %s has no finite measurement: it keeps its weight", domains[i])
-        rows = self.config.mixture.interval_steps * self.config.train.rows_per_step
-        text = advice(self.job.controller, state, domains, rows)
-        if text is not None and not self._advised:
-            self._advised = True
-            _log.warning("%s", text)
 
     def _saved(self, saved: Saved) -> None:
         self.metrics.write(CheckpointEvent(step=saved.step, timing=Timing(seconds=saved.seconds)))

@@ -121,11 +121,18 @@ class MixtureEvent:
     weights: Numbers
     """Share of the rows, by domain."""
     gap: Numbers | None
-    """Gap to the teacher that they follow from, by domain; null where none was measured."""
+    """Gap to the teacher, by domain; null where none was measured."""
     gap_kind: str
     """Name of the gap's definition."""
     controller: str
-    """Name of the rule that turned gaps into weights."""
+    """Name of the rule that the weights follow from."""
+    ratio: Numbers | None
+    """Perplexity of the student over the teacher's, by domain; null without a teacher."""
+    share: Numbers | None
+    """Share of the training tokens since the last event, by domain; null before the first step."""
+    slope: Numbers | None
+    """Change of the student's nats since the last event, per million training tokens of all
+    domains; null before the first step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -354,10 +361,9 @@ class ProgressLine:
         self._clock = clock
         # The first step compiles; the time left is reckoned from the end of it.
         self._origin: tuple[int, float] | None = None
-        watched = sys.stderr.isatty() or _in_notebook()
         self._bar = (
             tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
-            if watched
+            if is_watched()
             else None
         )
 
@@ -413,8 +419,12 @@ class ProgressLine:
         self.close()
 
 
+def is_watched() -> bool:
+    """Whether standard error is a terminal, or a Jupyter kernel's, which looks like none."""
+    return sys.stderr.isatty() or _in_notebook()
+
+
 def _in_notebook() -> bool:
-    """Return whether a Jupyter kernel runs this process; its streams are not terminals."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return getattr(shell, "kernel", None) is not None

@@ -23,6 +23,7 @@ from ddk_jax.losses.states import filtered_readouts
 from ddk_jax.losses.targets import Head, TeacherTargets
 from ddk_jax.models.collect import NOTHING, Collect, Collected
 from ddk_jax.models.decoder import segment_positions
+from ddk_jax.models.lora import LoRA
 from ddk_jax.parallel.mesh import DATA_AXES, VOCAB_AXIS
 from ddk_jax.training.state import Batch, TeacherRows
 
@@ -44,8 +45,8 @@ class Model(Protocol):
         """Normed final hidden states [B, T, E], and chosen inner states."""
         ...
 
-    def head(self, params: Any) -> Array:
-        """LM head [E, V]."""
+    def head(self, params: Any) -> Head:
+        """LM head."""
         ...
 
     def final_norm(self, params: Any, x_BTE: Array) -> Array:
@@ -68,6 +69,8 @@ class Frozen(NamedTuple):
     """Parameters of every teacher."""
     objective: Any = None
     """What is frozen in terms of the objective, by their names. None: nothing."""
+    student: Any = None
+    """Parameters of a student of which adapters alone learn. None: all of it learns."""
 
 
 class Forward(NamedTuple):
@@ -94,6 +97,8 @@ class MicroLoss:
     mesh: Mesh
     freeze_student: bool = False
     """Whether only the parameters of the objective learn."""
+    lora: LoRA | None = None
+    """Adapters that learn, in place of the student itself."""
 
     def __call__(
         self, params: Any, frozen: Frozen, micro: Batch, inputs: LossInputs
@@ -107,6 +112,8 @@ class MicroLoss:
           inputs: of the logit terms; the scales and temperatures of all.
         """
         of_student = params["student"]
+        if self.lora is not None:
+            of_student = self.lora.adapted(frozen.student, of_student)
         if self.freeze_student:
             of_student = jax.lax.stop_gradient(of_student)
         of_ours, of_theirs = (Collect(hidden=h, qkv=p) for h, p in self._layers)
@@ -117,7 +124,7 @@ class MicroLoss:
                 theirs = teacher_forward(self.teachers, frozen.teachers, micro, of_theirs)
             targets = teacher_targets(self.teachers, frozen.teachers, theirs, micro)
             inputs = inputs._replace(teacher=targets)
-        head = Head(self.student.head(of_student))
+        head = self.student.head(of_student)
         with jax.named_scope("loss"):
             total, nats = self._on_logits(ours.hidden, head, inputs)
             for index, term, loss in self._state_terms:
@@ -192,7 +199,7 @@ class MicroLoss:
             temperature=jnp.ones(1, jnp.float32),
         )
         rows = jnp.moveaxis(read, 0, 1).reshape(B * n, T, E)
-        head = jax.lax.stop_gradient(Head(model.head(of_model)))
+        head = jax.lax.stop_gradient(model.head(of_model))
         plan = replace(self.plan, head_gradient=False)
         value, nats = on_mesh(rows, head, tiled, LABELS, plan, self.mesh)
         return value, jnp.mean(nats[0].reshape(B, n, T), axis=1)
@@ -247,7 +254,7 @@ def teacher_targets(
     teachers: Teachers, params: tuple[Any, ...], made: tuple[Forward, ...], micro: Batch
 ) -> TeacherTargets:
     """What the terms on logits read; a single teacher needs no weights."""
-    heads = tuple(Head(m.head(p)) for m, p in zip(teachers.models, params, strict=True))
+    heads = tuple(m.head(p) for m, p in zip(teachers.models, params, strict=True))
     hidden = tuple(part.hidden for part in made)
     if len(heads) == 1:
         return TeacherTargets(hidden, heads)

@@ -39,13 +39,14 @@ def make_optimizer(
       config: learning rates, decay, clipping.
       steps: length of the schedule.
       student_axes: logical axis names in the shape of the student's parameters; what has the axis
-        `norm` is a vector (however many layers are stacked) and is not decayed.
+        `embed` is a matrix; scales and biases (however many are stacked) have not, and are not
+        decayed.
       freeze_student: update the parameters of the objective alone.
     """
 
     def decayed(params: Any) -> Any:
         is_names = lambda node: isinstance(node, tuple)  # noqa: E731
-        student = jax.tree.map(lambda names: "norm" not in names, student_axes, is_leaf=is_names)
+        student = jax.tree.map(lambda names: "embed" in names, student_axes, is_leaf=is_names)
         return {"student": student, "objective": jax.tree.map(lambda _: True, params["objective"])}
 
     frozen = {"student": freeze_student, "objective": False}

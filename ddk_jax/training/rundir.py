@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +30,7 @@ FIXED = (
     "run.seed",
     "run.compute_dtype",
     "data.seq_len",
+    "data.packing",
     "teacher",
     "student",
     "objective.terms",
@@ -39,12 +40,17 @@ FIXED = (
 """What must not change within a run: the meaning of its state, its data order, its metrics."""
 
 
-def open_run(config: Config, directory: Path) -> None:
+def open_run(config: Config, directory: Path, models: Mapping[str, str] | None = None) -> None:
     """Write the config and the versions of a new run, or check that a config continues the old one.
 
     Settings that decide what the state and the rows mean must be as they were (`FIXED`); others may
     change between two starts, and are logged. A run without a checkpoint has nothing to continue:
     it starts from scratch with any config.
+
+    Args:
+      config: of the run.
+      directory: of the run.
+      models: commits of the hub repositories that the config names, by their ids; recorded.
 
     Raises:
       UserError: the directory belongs to a run that this config does not continue.
@@ -57,6 +63,7 @@ def open_run(config: Config, directory: Path) -> None:
     record["python"] = platform.python_version()
     record["packages"] = {name: metadata.version(name) for name in PACKAGES}
     record["devices"] = [device.device_kind for device in jax.devices()]
+    record["models"] = dict(models or {})
     try:
         partial = path.with_suffix(_PARTIAL)
         save_config(config, partial)

@@ -17,7 +17,6 @@ from jaxtyping import Array, Float
 from ddk_jax.losses.chunked import ChunkPlan
 from ddk_jax.losses.objective import make_term, temperatures, term_factors, term_weights
 from ddk_jax.losses.sums import DomainSums, domain_sums
-from ddk_jax.losses.targets import Head
 from ddk_jax.parallel.mesh import replicated
 from ddk_jax.training.micro import (
     LABELS,
@@ -125,7 +124,7 @@ def make_eval_step(models: Teachers, mesh: Mesh, *, num_domains: int, plan: Chun
         made = teacher_forward(models, params, micro)
         if not single:
             inputs = inputs._replace(teacher=teacher_targets(models, params, made, micro))
-        head = Head(first.head(params[0]))
+        head = first.head(params[0])
         _, nats_KBT = on_mesh(made[0].hidden, head, inputs, terms, plan, mesh)
         return domain_sums(nats_KBT[0], weights_BT, micro.domain, num_domains)
 

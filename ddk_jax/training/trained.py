@@ -83,20 +83,23 @@ def is_run(directory: Path) -> bool:
 
 
 def open_model(path: str) -> TrainedModel:
-    """Open a Hugging Face model directory, or the newest student of a run directory.
+    """Open a Hugging Face model, directory or hub id, or the newest student of a run directory.
 
     Raises:
       UserError: it is neither, or holds a model that is not supported.
       StorageError: a file is missing or damaged.
     """
-    directory = resolve_path(path)
-    if is_run(directory):
-        return load_student(directory)
+    if is_run(resolve_path(path)):
+        return load_student(resolve_path(path))
     dtype = compute_dtype("auto")
     mesh = Job(Config(mesh=_MESH)).mesh
     loaded = load_model(path, mesh, dtype=dtype, params_dtype=dtype)
     return TrainedModel(
-        decoder=loaded.decoder, params=loaded.params, tokenizer=directory, config=None, step=None
+        decoder=loaded.decoder,
+        params=loaded.params,
+        tokenizer=loaded.origin.tokenizer_dir(),
+        config=None,
+        step=None,
     )
 
 
@@ -117,7 +120,7 @@ def load_student(run_dir: Path) -> TrainedModel:
         raise UserError(f"{run_dir}: the run has not saved a checkpoint yet; wait for the first")
     return TrainedModel(
         decoder=job.student,
-        params=restored.state.params["student"],
+        params=job.start.merged(restored.state.params["student"]),
         tokenizer=resolve_path(config.data.dir) / TOKENIZER,
         config=config,
         step=restored.step,
