@@ -129,7 +129,7 @@ class DataConfig:
     dir: str = "data/default"
     """Directory of the prepared token shards and their manifest."""
     tokenizer: str = ""
-    """Directory with a `tokenizer.json`, or that file. Empty: the teacher's, which it must equal."""
+    """Directory with a `tokenizer.json`, or that file. Empty: the teacher's, as it must be."""
     seq_len: int = 1024
     """Tokens that a row predicts (a row holds one more)."""
     packing: Literal["sequential", "best_fit"] = "sequential"

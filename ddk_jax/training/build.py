@@ -1,7 +1,7 @@
 """From a Config to the parts of a run: mesh, models, objective, optimizer, steps, data, controller.
 
-Names of losses are resolved in `terms.py`, of controllers in `steering.py`, of models in `loaded.py`
-and `student.py`.
+Names of losses are resolved in `terms.py`, of controllers in `steering.py`, of models in
+`loaded.py` and `student.py`.
 """
 
 from __future__ import annotations
