@@ -290,7 +290,7 @@ def prune(
     hidden: int = 0,
     kv_heads: int = 0,
     ffn: int = 0,
-    method: Literal["gradient", "activation", "first"] = "gradient",
+    method: Literal["activation", "gradient", "first"] = "activation",
     rows: int = 16,
     seq_len: int = 0,
     seed: int = 0,
@@ -306,7 +306,7 @@ def prune(
       hidden: width of the residual stream that is left; 0: all.
       kv_heads: key/value heads of every layer that are left, with their query heads; 0: all.
       ffn: inner width of the MLPs that is left; 0: all.
-      method: what the importance follows from: the gradients of the loss, the activations, or
+      method: what the importance follows from: the activations, the gradients of the loss, or
         nothing (the first parts are left).
       rows: rows of each domain that are read.
       seq_len: tokens that a row predicts; 0: as many as the model allows, at most 512.

@@ -65,10 +65,10 @@ def test_entries_hold_the_last_columns(columns: int, size: int) -> None:
     kept = entries(KeyValues(read, -read), size)
     for column in range(columns, 12):
         new = jnp.full((3, 1, 1, 1), column, jnp.float32)
-        kept = Past(kept, jnp.int32(column)).and_now(KeyValues(new, -new))
+        kept = Past(kept, jnp.int32(column)).and_now(KeyValues(new, -new)).kept()
         seen = np.asarray(visible_entries(jnp.int32(column), jnp.asarray(starts), size))
         for row, start in enumerate(starts):
-            found = np.asarray(kept.k)[row, seen[row, 0], 0, 0]
+            found = np.asarray(kept.k)[row, 0, seen[row, 0], 0]
             expected = range(max(start, column + 1 - size), column + 1)
             assert sorted(found) == list(expected)
     np.testing.assert_array_equal(kept.k, -kept.v)

@@ -210,6 +210,11 @@ def test_settings_of_the_controller_are_overridden_like_fields(yaml_file):
         (["generate", "{root}/teacher", "a", "--temperature", "-1"], "temperature = -1.0"),
         (["inspect", "{root}/nowhere"], "no such directory"),
         (["inspect", "{root}"], "neither a run"),
+        (["prune", "{root}/teacher"], "--data"),
+        (
+            ["prune", "{root}/teacher", "--data", "{root}/data", "--out", "x", "--layers", "3"],
+            "3 layers cannot be left: the model has 2",
+        ),
         (["advise"], "name a student or a teacher"),
         (["advise", "--student", "{root}/nowhere"], "neither a model directory nor a size"),
         (["quickstart", "--steps", "few"], "--steps"),
@@ -541,6 +546,16 @@ def test_inspect_a_model(ddk, tiny_root):
 
 def test_inspect_finds_what_the_package_ships(ddk):
     assert ddk("inspect", "assets:corpus").code == 64  # text, neither data nor model
+
+
+def test_prune_writes_a_student_and_says_what_is_left(ddk, tiny_root, tmp_path):
+    options = ["--data", tiny_root / "data", "--out", tmp_path / "s", "--layers", 1, "--ffn", 20]
+    said = ddk("prune", tiny_root / "teacher", *options, "--method", "first", "--rows", 2)
+    assert said.code == 0, said.err
+    assert re.search(r"^inner width of an MLP +32 +20$", said.out, re.M)
+    assert "layers of the teacher: 0\n" in said.out and said.out.endswith(f"{tmp_path / 's'}\n")
+    assert re.search(r"^words( +\d\.\d{4}){2}$", said.out, re.M)
+    assert "1 of width 24, feed-forward 20" in ddk("inspect", tmp_path / "s").out
 
 
 def test_advise_by_size_by_directory_and_by_config(ddk, tiny_root, yaml_file):

@@ -3,7 +3,8 @@
 The rows of a batch end together (shorter ones start later), so all of them write their next token
 into one column. A layer with n entries keeps column c in entry c % n, over column c - n: global
 layers have an entry for every column, local ones as many as a query sees, which then are exactly
-the columns that it sees.
+the columns that it sees. Entries lie head by head, as the products over them read them: on CPU,
+attention over them takes a third of the time.
 
 Legend: B rows, P columns of the prompts, S entries, K key/value heads, D head width.
 """
@@ -18,13 +19,24 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class KeyValues(NamedTuple):
-    """Rotated keys, and values, of one layer."""
+    """Rotated keys, and values, of one layer, as attention takes them."""
 
     k: Float[Array, "B S K D"]
     v: Float[Array, "B S K D"]
 
+    def kept(self) -> Kept:
+        """As they are kept."""
+        return Kept(*(jnp.swapaxes(x, 1, 2) for x in self))
 
-Cache: TypeAlias = tuple[KeyValues, ...]
+
+class Kept(NamedTuple):
+    """The entries of one layer."""
+
+    k: Float[Array, "B K S D"]
+    v: Float[Array, "B K S D"]
+
+
+Cache: TypeAlias = tuple[Kept, ...]
 """Of every layer; local ones have fewer entries."""
 
 
@@ -40,21 +52,22 @@ class Rows(NamedTuple):
 class Past(NamedTuple):
     """What a layer remembers when it reads one more column."""
 
-    kept: KeyValues
+    kept: Kept
     column: Int[Array, ""]
     """Number of the new column."""
 
     def and_now(self, new: KeyValues) -> KeyValues:
-        """The entries with those of the new column, [B, 1, K, D], in their place."""
+        """The entries, with the new column, [B, 1, K, D], in its place."""
 
         def written(kept: Array, new: Array) -> Array:
-            entry = self.column % kept.shape[1]
-            return jax.lax.dynamic_update_slice_in_dim(kept, new, entry, axis=1)
+            entry = self.column % kept.shape[2]
+            kept = jax.lax.dynamic_update_slice_in_dim(kept, new, entry, axis=2)
+            return jnp.swapaxes(kept, 1, 2)
 
-        return jax.tree.map(written, self.kept, new)
+        return KeyValues(*jax.tree.map(written, self.kept, new.kept()))
 
 
-def entries(read: KeyValues, size: int) -> KeyValues:
+def entries(read: KeyValues, size: int) -> Kept:
     """The entries after the prompts.
 
     Args:
@@ -63,12 +76,12 @@ def entries(read: KeyValues, size: int) -> KeyValues:
     """
 
     def placed(x: Array) -> Array:
-        columns = x.shape[1]
+        columns = x.shape[2]
         if columns <= size:
-            return jnp.pad(x, ((0, 0), (0, size - columns), (0, 0), (0, 0)))
-        return jnp.roll(x[:, columns - size :], columns % size, axis=1)
+            return jnp.pad(x, ((0, 0), (0, 0), (0, size - columns), (0, 0)))
+        return jnp.roll(x[:, :, columns - size :], columns % size, axis=2)
 
-    return jax.tree.map(placed, read)
+    return jax.tree.map(placed, read.kept())
 
 
 def visible_entries(

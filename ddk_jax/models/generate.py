@@ -153,7 +153,7 @@ def prefill(
     hidden, cache = decoder.prefill(params, tokens, rows, columns)
     if mesh is not None:
         heads = VOCAB_AXIS if decoder.spec.num_kv_heads % mesh.shape[VOCAB_AXIS] == 0 else None
-        placed = NamedSharding(mesh, PartitionSpec(DATA_AXES, None, heads, None))
+        placed = NamedSharding(mesh, PartitionSpec(DATA_AXES, heads, None, None))
         cache = jax.lax.with_sharding_constraint(cache, placed)
     return State(hidden, rows, jnp.int32(tokens.shape[1])), cache
 
@@ -217,11 +217,12 @@ def decode(
       vocab_size: as for `generate`.
       mesh: as for `prefill`.
     """
-    head, layers = decoder.head(params), decoder.unstacked(params)
+    layers = decoder.unstacked(params)
     B = is_row.shape[0]
     keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(B))
 
     def chosen(hidden: Float[Array, "B E"], step: Int[Array, ""]) -> Choice:
+        head = decoder.head(params)
         raw = jnp.matmul(hidden, head.kernel, preferred_element_type=jnp.float32)
         logits = finish(raw, head, vocab_size)
         if mesh is not None:

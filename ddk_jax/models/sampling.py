@@ -12,14 +12,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from ddk_jax.errors import UserError
-
+from ddk_jax.losses.top_k import top_k
 
 _STOP_TOKENS = 8
 """Their number is padded to a multiple of this, so that programs are shared."""
 _NO_TOKEN = 2**31 - 1
+_SIGN = np.uint32(2**31)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,25 +128,34 @@ def choose(
         chosen = _of_token(log_p, token)
         return Choice(token, chosen, jnp.zeros_like(chosen))
     scores = allowed / numbers.temperature
-    if method.top_k or method.nucleus:
-        scores = jnp.where(_kept(scores, method, numbers.top_p), scores, -jnp.inf)
+    if method.top_k:
+        least = top_k(scores, min(method.top_k, scores.shape[1]))[0][:, -1:]
+        scores = jnp.where(scores >= least, scores, -jnp.inf)
+    if method.nucleus:
+        scores = jnp.where(_nucleus(scores, numbers.top_p), scores, -jnp.inf)
     draws = jax.vmap(partial(jax.random.fold_in, data=step))(keys)
     token = jax.vmap(jax.random.categorical)(draws, scores).astype(jnp.int32)
     return Choice(token, _of_token(log_p, token), _of_token(jax.nn.log_softmax(scores), token))
 
 
-def _kept(
-    scores: Float[Array, "B V"], method: Method, top_p: Float[Array, ""]
-) -> Bool[Array, "B V"]:
-    """What top-k, and top-p among those, leave; equal scores are kept or not together."""
-    count = min(method.top_k or scores.shape[1], scores.shape[1])
-    best = jax.lax.top_k(scores, count)[0]
-    least = best[:, -1:]
-    if method.nucleus:
-        p = jax.nn.softmax(best)
-        before = jnp.cumsum(p, axis=1) - p
-        least = jnp.min(jnp.where(before < top_p, best, jnp.inf), axis=1, keepdims=True)
-    return scores >= least
+def _nucleus(scores: Float[Array, "B V"], top_p: Float[Array, ""]) -> Bool[Array, "B V"]:
+    """The fewest most probable tokens that together have `top_p`; equal scores are kept together.
+
+    The least score among them is found bit by bit, which is exact, takes as many sums as a score
+    has bits, and on CPU a fifteenth of the time of a sort.
+    """
+    p = jax.nn.softmax(scores)
+    bits = jax.lax.bitcast_convert_type(scores, jnp.uint32)
+    # Whole numbers in the order of the scores: those of negative ones grow with their size.
+    ordered = jnp.where(bits >> jnp.uint32(31) == 1, ~bits, bits | _SIGN)
+
+    def with_bit(i: Int[Array, ""], least: UInt32[Array, "B"]) -> UInt32[Array, "B"]:
+        higher = least | (_SIGN >> i.astype(jnp.uint32))
+        share = jnp.sum(jnp.where(ordered >= higher[:, None], p, jnp.float32(0)), axis=1)
+        return jnp.where(share >= top_p, higher, least)
+
+    least = jax.lax.fori_loop(0, 32, with_bit, jnp.zeros_like(ordered[:, 0]))
+    return ordered >= least[:, None]
 
 
 def _of_token(values: Float[Array, "B V"], token: Int[Array, "B"]) -> Float[Array, "B"]:

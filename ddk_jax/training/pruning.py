@@ -85,7 +85,7 @@ def prune_model(
     *,
     data: str,
     size: Size,
-    method: Choice = "gradient",
+    method: Choice = "activation",
     rows: int = 16,
     seq_len: int = 0,
     seed: int = 0,
