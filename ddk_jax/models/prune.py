@@ -178,15 +178,13 @@ def nearest_size(spec: ModelSpec, size: Size) -> Size:
     Raises:
       UserError: no width would do; what stands in the way is said.
     """
-    importance = first(spec)
-    wanted = size.hidden or spec.hidden_size
-    _ = choose(importance, size)
+    made = pruned_spec(spec, choose(first(spec), size))
     reason: UserError | None = None
-    for hidden in sorted(range(1, spec.hidden_size + 1), key=lambda e: (abs(e - wanted), e)):
-        found = replace(size, hidden=hidden)
+    widths = range(1, spec.hidden_size + 1)
+    for hidden in sorted(widths, key=lambda e: (abs(e - made.hidden_size), e)):
         try:
-            families.config_from_spec(pruned_spec(spec, choose(importance, found)))
-            return found
+            families.config_from_spec(replace(made, hidden_size=hidden))
+            return replace(size, hidden=hidden)
         except UserError as error:
             reason = reason or error
     assert reason is not None
