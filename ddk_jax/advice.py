@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ddk_jax.data.tokenize import Tokenizer
 from ddk_jax.errors import UserError
 from ddk_jax.models import hf
 from ddk_jax.models.decoder import num_parameters
+from ddk_jax.models.hub import resolve
 from ddk_jax.models.spec import ModelSpec
 
 LIMITS = """\
@@ -122,7 +124,8 @@ def advise(
     run = load_config(config) if config else None
     found = [_size(name) for name in teachers]
     if run is not None and not found:
-        found = [_size(other.path) for other in (run.teacher, *run.teacher.others) if other.path]
+        named = (run.teacher, *run.teacher.others)
+        found = [_size(model.path, model.revision) for model in named if model.path]
     if student:
         learner = _size(student)
     elif run is not None and (run.student.path or run.student.spec.hidden_size):
@@ -177,31 +180,34 @@ def spec_size(name: str, spec: ModelSpec) -> Size:
     return Size(name=name, parameters=float(total), inner=float(inner))
 
 
-def _size(name: str) -> Size:
-    """The size that a name says, or that of the model in a directory."""
+def _size(name: str, revision: str = "") -> Size:
+    """The size that a name says, or that of the model in a directory or on the hub."""
     if _COUNT.fullmatch(name.strip()) and not Path(name).exists():
         count = parse_count(name, "size of a model")
         return Size(name=name, parameters=count, inner=count)
-    directory = resolve_path(name)
-    if not directory.is_dir():
-        raise UserError(
-            f"{name}: neither a model directory nor a size; where the model is not at hand, give "
-            "its size, such as 350M or 1.5B"
-        )
+    try:
+        directory = resolve(name, revision).directory
+    except UserError as error:
+        raise type(error)(f"{error}. Or give a size, such as 350M or 1.5B") from error
     return spec_size(name, hf.read_spec(directory))
 
 
 def _config_student(run: Config) -> Size:
-    spec = run.student.spec
     if run.student.path:
-        return _size(run.student.path)
-    if not spec.vocab_size and run.teacher.path and resolve_path(run.teacher.path).is_dir():
-        teacher = hf.read_spec(resolve_path(run.teacher.path))
-        spec = replace(spec, vocab_size=teacher.vocab_size)
-    elif not spec.vocab_size:
-        vocab_size = Tokenizer(resolve_path(run.data.tokenizer)).vocab_size
-        spec = replace(spec, vocab_size=vocab_size)
+        return _size(run.student.path, run.student.revision)
+    spec = run.student.spec
+    if not spec.vocab_size:
+        spec = replace(spec, vocab_size=_vocabulary(run))
     return spec_size("student.spec", spec)
+
+
+def _vocabulary(run: Config) -> int:
+    """Rows of the teacher's table; where the teacher is not at hand, tokens of the tokenizer."""
+    if run.teacher.path:
+        with suppress(UserError):
+            directory = resolve(run.teacher.path, run.teacher.revision).directory
+            return hf.read_spec(directory).vocab_size
+    return Tokenizer(resolve_path(run.data.tokenizer)).vocab_size
 
 
 def _config_tokens(run: Config) -> float:

@@ -1,50 +1,29 @@
 """The command line: `ddk COMMAND ...`, which is also `python -m ddk_jax`.
 
-A command is a function below; its parameters are its options. `prepare`, `train` and `doctor` take
-a YAML file and after it an override for any of its fields: `ddk train x.yaml --train.steps 100`.
+A command is a function below; its parameters are its options. `prepare`, `train`, `plan` and
+`doctor` take a YAML file, and overrides of its fields: `ddk train x.yaml --train.steps 100`.
 
-Exit codes: 0 done, or stopped and saved; 64 usage or config; 65 data; 70 diverged; 74 input or
-output; 75 another process holds the run; 130 interrupted.
+Exit codes: 0 done, or stopped and saved; 3 the plan does not fit; 64 usage or config; 65 data;
+70 diverged; 74 input or output; 75 another process holds the run; 130 interrupted.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import json as json_format
 import logging
 import os
 import sys
-import typing
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import tyro
-import yaml
-from tqdm import tqdm
-from tyro.conf import AvoidSubcommands, FlagCreatePairsOff, Positional, arg
-from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+from tyro.conf import FlagCreatePairsOff, Positional, arg
 
 from ddk_jax import __version__
-from ddk_jax.config import (
-    Config,
-    DataConfig,
-    DomainConfig,
-    FilterConfig,
-    LoraConfig,
-    OtherTeacherConfig,
-    ScheduleConfig,
-    SharedSourceConfig,
-    SourceConfig,
-    StudentConfig,
-    TeacherConfig,
-    load_config,
-)
+from ddk_jax.arguments import bound
+from ddk_jax.config import Config
+from ddk_jax.console import console
 from ddk_jax.errors import StorageError, UserError
-from ddk_jax.models.spec import ModelSpec, RopeScaling
 from ddk_jax.plain import suggest
 
 _log = logging.getLogger(__name__)
@@ -87,9 +66,17 @@ def train(config: Settings) -> None:
     from ddk_jax.analysis.runs import load_run
     from ddk_jax.analysis.tables import domain_table
     from ddk_jax.config import resolve_path
+    from ddk_jax.parallel.processes import is_first
     from ddk_jax.training.loop import train as run
 
     summary = run(config)
+    if not is_first():
+        return
+    if "://" in config.run.dir:
+        ended = summary.stop_reason != "preempted"
+        print("finished" if ended else f"saved at step {summary.steps}; the same command continues")
+        print(f"copy    gcloud storage rsync --recursive {config.run.dir} runs/NAME")
+        return
     run_dir = resolve_path(config.run.dir)
     if summary.stop_reason == "preempted":
         print(f"stopped and saved at step {summary.steps}; to continue:")
@@ -367,6 +354,60 @@ def advise(
     print(json_format.dumps(to_json(advice)) if json else advice_text(advice))
 
 
+def study(
+    studies: Annotated[Positional[tuple[Path, ...]], arg(metavar="STUDY...")],
+    only: str = "",
+    collect: Flag = False,
+) -> None:
+    """Run a grid of methods and seeds, or what is left of it, and compare the students.
+
+    Args:
+      studies: YAML files (`docs/study.md`), one after the other.
+      only: run a part of the grid, such as 2/4; processes may also share a grid without it.
+      collect: run nothing; write tables and figures of what is finished.
+    """
+    from ddk_jax.study.grid import collect_study, run_study
+    from ddk_jax.study.page import study_text
+
+    if not studies:
+        raise UserError("name at least one study, such as configs/study/long.yaml")
+    for path in studies:
+        done = collect_study(path) if collect else run_study(path, only)
+        if done is None:
+            print("stopped and saved; the same command continues")
+            return
+        print(f"{study_text(done.results)}\n\npage  {done.page}")
+
+
+def plan(
+    config: Settings,
+    topology: str = "",
+    level: Literal["O0", "O1", "O2", "O3"] = "O1",
+    search: Flag = False,
+    json: Flag = False,
+    list: Flag = False,
+) -> None:
+    """Compile a run for a TPU slice that need not be there: memory, FLOPs, time; does it fit?
+
+    Args:
+      config: the run; of its data and models, shapes are enough.
+      topology: the slice, such as v5e:4x4.
+      level: how hard the compiler tries; O2, as in a run, takes several times as long.
+      search: try meshes, sizes of micro-batches and rematerialisation, and take the fastest.
+      json: print one JSON object; docs/plan.md says what it holds.
+      list: print the slices that there are.
+    """
+    from ddk_jax.planning.command import run_plan
+    from ddk_jax.planning.slices import slice_table
+
+    if list:
+        print(slice_table())
+        return
+    run_plan(
+        config, topology, level=level, searching=search, as_json=json, out=print, progress=_log.info
+    )
+
+
 def doctor(config: Settings, json: Flag = False) -> None:
     """Check the machine and, given a config, whether its run can start.
 
@@ -404,32 +445,18 @@ COMMANDS: dict[str, Callable[..., None]] = {
         inspect,
         prune,
         advise,
+        study,
+        plan,
         doctor,
     )
 }
-_CONFIGURED = ("prepare", "train", "doctor")
-
-_SOURCE = SourceConfig(
-    path="PATH", filters=(FilterConfig(field="FIELD", test="equals", value="VALUE"),)
-)
-# For --help without a file: a domain with a source, so that their fields are listed too; likewise
-# a second teacher, and what may be absent.
-_EXAMPLE = Config(
-    data=DataConfig(
-        domains=(DomainConfig(name="NAME", sources=(_SOURCE,)),),
-        shared=(SharedSourceConfig(source=_SOURCE, field="FIELD", domains={"VALUE": "NAME"}),),
-    ),
-    teacher=TeacherConfig(path="PATH", others=(OtherTeacherConfig(path="PATH"),)),
-    student=StudentConfig(
-        spec=ModelSpec(rope_scaling=RopeScaling(kind="linear")), lora=LoraConfig(rank=8)
-    ),
-)
+_CONFIGURED = ("prepare", "train", "plan", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code; errors of the user are one line on standard error."""
     words = list(sys.argv[1:] if argv is None else argv)
-    with _console():
+    with console():
         try:
             _run(words)
             sys.stdout.flush()
@@ -473,76 +500,7 @@ def parse(name: str, words: list[str]) -> Callable[[], None]:
     Raises:
       UserError: a value that cannot be meant. SystemExit: after help or a usage error (tyro).
     """
-    command, usage = COMMANDS[name], f"ddk {name}"
-
-    # tyro calls what it is given; but parsing and doing are better kept apart.
-    @functools.wraps(command)
-    def bind(*args: object, **kwargs: object) -> Callable[[], None]:
-        return functools.partial(command, *args, **kwargs)
-
-    if name in _CONFIGURED:
-        usage += " [CONFIG]" if name == "doctor" else " CONFIG"
-        config, words = _with_settings(*_read_config(usage, words))
-        bind = functools.partial(bind, config=config)
-    # A part of the config that may be absent has options where the file has it.
-    parts = (AvoidSubcommands,)
-    return tyro.cli(bind, args=words, prog=usage, config=parts, registry=_numbers())
-
-
-def _numbers() -> ConstructorRegistry:
-    """What may be a number or a schedule is a number here; schedules are for YAML."""
-    registry = ConstructorRegistry()
-
-    @registry.primitive_rule
-    def number_or_schedule(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec | None:
-        if ScheduleConfig not in typing.get_args(info.type):
-            return None
-        return PrimitiveConstructorSpec(
-            nargs=1,
-            metavar="FLOAT",
-            instance_from_str=lambda words: float(words[0]),
-            is_instance=lambda value: isinstance(value, int | float | ScheduleConfig),
-            str_from_instance=lambda value: [str(value)],
-        )
-
-    return registry
-
-
-def _read_config(usage: str, words: list[str]) -> tuple[Config, list[str]]:
-    """The YAML file, which comes first, and the words after it."""
-    if words and not words[0].startswith("-"):
-        return load_config(words[0]), words[1:]
-    if "-h" in words or "--help" in words:
-        return _EXAMPLE, words
-    if usage.startswith("ddk doctor"):
-        return Config(), words
-    raise UserError(f"{usage} [--section.field VALUE ...]: name the YAML file before any option")
-
-
-def _with_settings(config: Config, words: list[str]) -> tuple[Config, list[str]]:
-    """Take `--mixture.KEY VALUE` where KEY is no field: a setting of the controller."""
-    fields = {field.name for field in dataclasses.fields(config.mixture)}
-    settings, rest = dict(config.mixture.settings), []
-    waiting = iter(words)
-    for word in waiting:
-        key, is_pair, value = word.removeprefix("--mixture.").partition("=")
-        key = key.replace("-", "_")
-        if not word.startswith("--mixture.") or key.split(".")[0] in fields:
-            rest.append(word)
-        elif (value := value if is_pair else next(waiting, "")) == "":
-            raise UserError(f"--mixture.{key}: needs a value")
-        else:
-            settings[key] = _scalar(value)
-    mixture = dataclasses.replace(config.mixture, settings=settings)
-    return dataclasses.replace(config, mixture=mixture), rest
-
-
-def _scalar(text: str) -> Any:
-    """What the text would be in YAML."""
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
+    return bound(COMMANDS[name], f"ddk {name}", words, configured=name in _CONFIGURED)
 
 
 def _overview() -> str:
@@ -563,30 +521,3 @@ def _overview() -> str:
 def _fail(error: Exception, code: int) -> int:
     print(f"ddk: error: {' '.join(str(error).split())}", file=sys.stderr)
     return code
-
-
-class _Handler(logging.Handler):
-    """Messages on standard error, above the progress bar where there is one."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        tqdm.write(level + record.getMessage(), file=sys.stderr)
-
-
-@contextmanager
-def _console() -> Iterator[None]:
-    """Show what the package logs, and of other packages only what went wrong."""
-    logger, handler = logging.getLogger("ddk_jax"), _Handler()
-    before = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    for name in ("absl", "jax", "orbax", "grain"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they speak to programmers
-            yield
-    finally:
-        logger.removeHandler(handler)
-        logger.level, logger.propagate = before

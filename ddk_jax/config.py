@@ -12,7 +12,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 
@@ -21,13 +21,7 @@ from ddk_jax.models.spec import ModelSpec
 from ddk_jax.plain import from_plain, to_plain
 
 ASSETS = "assets:"
-
-
-def _refuse_address(field: str, path: str) -> None:
-    if "://" in path:
-        raise ValueError(
-            f"{field} = {path!r}: has to be a folder on a disk; buckets do not work yet"
-        )
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +29,8 @@ class RunConfig:
     """Where the run lives and what makes it reproducible."""
 
     dir: str = "runs/default"
-    """Run directory: resolved config, metrics, log, checkpoints, summary."""
+    """Run directory: resolved config, metrics, log, checkpoints, summary. A folder, or one in a
+    bucket: `gs://BUCKET/FOLDER`."""
     seed: int = 0
     """Seed of the student's initialisation and of the data order."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -44,7 +39,10 @@ class RunConfig:
     """Steps between two plain progress lines; metrics.jsonl has every step."""
 
     def __post_init__(self) -> None:
-        _refuse_address("run.dir", self.dir)
+        if "://" in self.dir and not self.dir.startswith("gs://"):
+            raise ValueError(
+                f"run.dir = {self.dir!r}: has to be a folder on a disk, or gs://BUCKET/FOLDER"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +143,11 @@ class DataConfig:
     """`prepare` refuses when a larger share of the documents of a domain was quarantined."""
 
     def __post_init__(self) -> None:
-        _refuse_address("data.dir", self.dir)
+        if "://" in self.dir:
+            raise ValueError(
+                f"data.dir = {self.dir!r}: has to be a folder on a disk, from where its files are "
+                f"mapped into memory: gcloud storage rsync --recursive {self.dir} data/NAME"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +158,8 @@ class OtherTeacherConfig:
     """Hugging Face model directory, or hub id."""
     revision: str = ""
     """Commit or tag of a Hugging Face hub repository; unused for a directory."""
+    spec: ModelSpec | None = None
+    """Its shape, which its files must have too. `ddk plan` does not need them then."""
     weight: float = 1.0
     """Its weight among the teachers."""
     domains: dict[str, float] = field(default_factory=dict)
@@ -171,8 +175,11 @@ class TeacherConfig:
     labels alone."""
     revision: str = ""
     """Commit or tag of a Hugging Face hub repository; unused for a directory."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type that the weights are held in; `auto` is the compute type."""
+    spec: ModelSpec | None = None
+    """Its shape, which its files must have too. `ddk plan` does not need them then."""
+    dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """Type that the weights are held in; `auto` is the compute type. `int8`: matrices of the layers
+    have 8 bits and a scale for every output, all else has the compute type."""
     weight: float = 1.0
     """Weight of this teacher where there are others."""
     domains: dict[str, float] = field(default_factory=dict)
@@ -206,14 +213,16 @@ class StudentConfig:
     revision: str = ""
     """Commit or tag of a Hugging Face hub repository; unused for a directory."""
     spec: ModelSpec = field(default_factory=ModelSpec)
-    """Shape of a randomly initialised student; unused when `path` is given."""
+    """Shape of a randomly initialised student. With `path`, the files must have it too, and `ddk
+    plan` does not need them."""
     frozen: bool = False
     """Leave the student as it is, and train the learned parameters of the objective alone."""
     lora: LoraConfig | None = None
     """Train adapters on a student from `path`, which itself stays as it is; an export has them
     merged. Absent: the whole student learns."""
-    remat: Literal["none", "full", "dots"] = "none"
-    """What the backward pass recomputes: nothing, every layer, or all but its matrix products."""
+    remat: Literal["none", "full", "attention", "dots"] = "none"
+    """What the backward pass recomputes: nothing, every layer, all of it but the TPU's attention
+    kernel, or all but that and its matrix products."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -369,7 +378,8 @@ class MeshConfig:
     """How the devices are arranged. -1 takes what the other axes leave."""
 
     data: int = -1
-    """Replicas that share the batch."""
+    """Replicas that share the batch. Several slices of a TPU divide them, so that only gradients
+    cross from slice to slice."""
     fsdp: int = 1
     """Devices that share the batch and the parameters."""
     tensor: int = 1
@@ -512,6 +522,16 @@ def resolve_path(path: str) -> Path:
 
 def load_config(path: str | Path) -> Config:
     """Read a YAML file. Raises UserError with file, key and a suggestion."""
+    return read_yaml(Config, path)
+
+
+def read_yaml(kind: type[Kind], path: str | Path) -> Kind:
+    """Read a YAML file as a frozen dataclass, strictly.
+
+    Raises:
+      UserError: the file cannot be read, or its content is not of this kind; with file, key and a
+        suggestion.
+    """
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -522,7 +542,7 @@ def load_config(path: str | Path) -> Config:
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     try:
-        return from_plain(Config, {} if tree is None else tree)
+        return from_plain(kind, {} if tree is None else tree)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -25,6 +26,7 @@ from ddk_jax.inspection import size_text
 from ddk_jax.losses.objective import needs_teacher, term_factors
 from ddk_jax.models.decoder import num_parameters
 from ddk_jax.models.hub import resolve
+from ddk_jax.training.bucket import bucket_errors, run_place
 from ddk_jax.training.build import Job
 from ddk_jax.training.rundir import PACKAGES
 
@@ -143,6 +145,8 @@ def _memory() -> Check:
 
 def _run_directory(config: Config) -> Check:
     """Write a file where the run will, or in the nearest folder that exists, and delete it."""
+    if "://" in config.run.dir:
+        return _bucket(config.run.dir)
     place = _nearest(resolve_path(config.run.dir))
     try:
         with tempfile.TemporaryFile(dir=place) as probe:
@@ -152,6 +156,18 @@ def _run_directory(config: Config) -> Check:
         advice = "choose another run.dir, or change the owner or the permissions"
         return Check("run directory", False, f"{place}: {error.strerror}", advice)
     return Check("run directory", True, f"{config.run.dir}: can be written", "")
+
+
+def _bucket(run_dir: str) -> Check:
+    probe = run_place(run_dir) / f"doctor.{uuid.uuid4().hex}"
+    try:
+        with bucket_errors(probe):
+            probe.write_bytes(b"x")
+            probe.unlink()
+    except UserError as error:
+        advice = "see the message; the account needs to read and write objects in the bucket"
+        return Check("run directory", False, str(error), advice)
+    return Check("run directory", True, f"{run_dir}: can be written", "")
 
 
 def _hub_token() -> Check:
@@ -237,6 +253,8 @@ def _memory_estimate(job: Job) -> Check:
 def _disk(job: Job) -> Check:
     """Room for the checkpoints that are kept, and the one that is being written."""
     config = job.config
+    if "://" in config.run.dir:
+        return Check("disk", True, "the checkpoints are written into the bucket", "")
     free = shutil.disk_usage(_nearest(resolve_path(config.run.dir))).free
     needed = float(_LITTLE_DISK)
     try:

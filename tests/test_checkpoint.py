@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ddk_jax.errors import StorageError, UserError
-from ddk_jax.training.checkpoint import Checkpoints, Restored, checksum, read_latest
+from ddk_jax.training.checkpoint import Checkpoints, Restored, read_latest
+from ddk_jax.training.checksums import checksum
 
 WORD = 2**32
 HOST = {

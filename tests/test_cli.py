@@ -216,7 +216,7 @@ def test_settings_of_the_controller_are_overridden_like_fields(yaml_file):
             "3 layers cannot be left: the model has 2",
         ),
         (["advise"], "name a student or a teacher"),
-        (["advise", "--student", "{root}/nowhere"], "neither a model directory nor a size"),
+        (["advise", "--student", "{root}/nowhere"], "no such directory"),
         (["quickstart", "--steps", "few"], "--steps"),
     ],
 )

@@ -18,17 +18,21 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.experimental import pallas as pl
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from ddk_jax.parallel.buffers import REST, footprints
 from ddk_jax.parallel.compiled import (
+    OutOfMemoryError,
     compile_program,
     jaxpr_flops,
+    kernel_flops,
     read_program,
     topology,
 )
 from ddk_jax.parallel.hlo import Shape, parse_hlo, trip_count
 from ddk_jax.parallel.mesh import DATA_AXES, make_mesh
-from ddk_jax.parallel.work import read_work
+from ddk_jax.parallel.work import Op, read_work
 
 ROWS, WIDTH = 256, 128
 PRODUCT = 2 * ROWS * WIDTH**2
@@ -300,6 +304,154 @@ ENTRY %main (x: f32[4,8], y: f32[8,2]) -> f32[4,2] {
 """
     work = read_work(text)
     assert (work.flops, work.custom_calls) == (2 * 4 * 8 * 2, {"tpu_custom_call": 1})
+
+
+TRAFFIC = """HloModule example
+
+%slice (stack: f32[12,8,128], i: s32[]) -> f32[8,128] {
+  %stack = f32[12,8,128]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %one = f32[1,8,128]{2,1,0} dynamic-slice(%stack, %i, %zero, %zero), dynamic_slice_sizes={1,8,128}
+  ROOT %flat = f32[8,128]{1,0} bitcast(%one)
+}
+
+%layer (stack.1: f32[12,8,128], sums: f32[12,8,128], x: bf16[8,128], j: s32[]) -> f32[12,8,128] {
+  %stack.1 = f32[12,8,128]{2,1,0} parameter(0)
+  %sums = f32[12,8,128]{2,1,0} parameter(1)
+  %x = bf16[8,128]{1,0} parameter(2)
+  %j = s32[] parameter(3)
+  %w = f32[8,128]{1,0} fusion(%stack.1, %j), kind=kLoop, calls=%slice
+  %wide = f32[8,128]{1,0} convert(%x)
+  %both = f32[8,128]{1,0} add(%w, %wide)
+  %row = f32[1,8,128]{2,1,0} bitcast(%both)
+  %none = s32[] constant(0)
+  ROOT %put = f32[12,8,128]{2,1,0} dynamic-update-slice(%sums, %row, %j, %none, %none)
+}
+
+ENTRY %main (a: f32[12,8,128], b: f32[12,8,128], c: bf16[8,128], k: s32[]) -> f32[12,8,128] {
+  %a = f32[12,8,128]{2,1,0} parameter(0)
+  %b = f32[12,8,128]{2,1,0} parameter(1)
+  %c = bf16[8,128]{1,0} parameter(2)
+  %k = s32[] parameter(3)
+  %near = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} copy(%c)
+  ROOT %f = f32[12,8,128]{2,1,0} fusion(%a, %b, %near, %k), kind=kLoop, calls=%layer, \
+backend_config={"window_config":{"estimated_cycles":"77"}}
+}
+"""
+
+
+def test_a_fusion_moves_the_slices_that_it_reads_and_writes() -> None:
+    """Of two stacks one layer each; not what lies on the chip already. The counter is 4 bytes."""
+    work = read_work(TRAFFIC)
+    layer = 8 * 128 * 4
+    assert work.ops == {Op(0, layer // 2, 0): 1, Op(0, 2 * layer + 4, 77): 1}
+    assert work.bytes == 2 * layer + layer // 2 + 4
+
+
+def test_a_fusion_that_reads_all_of_a_stack_moves_it() -> None:
+    text = TRAFFIC.replace(
+        "  %wide = f32[8,128]{1,0} convert(%x)",
+        "  %all = f32[12,8,128]{2,1,0} negate(%stack.1)\n  %wide = f32[8,128]{1,0} convert(%x)",
+    )
+    stack = 12 * 8 * 128 * 4
+    assert Op(0, stack + 8 * 128 * 4 + 4, 77) in read_work(text).ops
+
+
+def test_parts_of_the_temporaries_take_turns() -> None:
+    """A union of places for each scope: values that lie in one place count once."""
+    hlo = """
+  %a = f32[4] add(%x, %y), metadata={op_name="jit(step)/while/body/jvp(loss)/add"}
+  %b.1 = f32[4] add(%x, %y), metadata={op_name="jit(step)/transpose(jvp(loss))/mul" line=1}
+  ROOT %c = f32[4] add(%x, %y), metadata={op_name="jit(step)/teacher/dot"}
+  %d = f32[4] add(%x, %y), metadata={op_name="jit(step)/lossless/dot"}
+  %p = f32[4] parameter(0), metadata={op_name="loss"}
+"""
+    assignment = """BufferAssignment:
+allocation 0: size 64, page 0, parameter 0, shape |f32[4]| at ShapeIndex {}:
+ value: <1 p @0> (size=64,offset=0): f32[4]{0}
+allocation 1: size 16, color 6, page 0, preallocated-temp:
+ value: <2 a @0> (size=16,offset=0): f32[4]{0}
+allocation 2: size 900, page 0, preallocated-temp:
+ value: <3 a @0> (size=100,offset=0): f32[4]{0}
+ value: <4 b.1{1,0} @0> (size=100,offset=50): f32[4]{0}
+ value: <5 c (phi) @0> (size=300,offset=0): f32[4]{0}
+ value: <6 d{} @0> (size=10,offset=500): f32[4]{0}
+ value: <7 unknown @0> (size=400,offset=500): f32[4]{0}
+"""
+    found = footprints(assignment, hlo, ("loss", "teacher"))
+    assert found == {"loss": 150, "teacher": 300, REST: 10}
+
+
+def test_products_in_kernels_are_told_apart() -> None:
+    """A grid of 3 x 2 blocks, in a loop of 5; and one product outside."""
+
+    def kernel(x: Any, w: Any, out: Any) -> None:
+        out[...] = x[...] @ w[...]
+
+    def product(x: jax.Array, w: jax.Array) -> jax.Array:
+        return pl.pallas_call(
+            kernel,
+            grid=(3, 2),
+            in_specs=[
+                pl.BlockSpec((8, 16), lambda i, j: (i, 0)),
+                pl.BlockSpec((16, 32), lambda i, j: (0, j)),
+            ],
+            out_specs=pl.BlockSpec((8, 32), lambda i, j: (i, j)),
+            out_shape=jax.ShapeDtypeStruct((24, 64), x.dtype),
+        )(x, w)
+
+    def program(x: jax.Array, w: jax.Array) -> jax.Array:
+        body = lambda total, _: (total + product(x, w), None)  # noqa: E731
+        return jax.lax.scan(body, x @ w, None, length=5)[0]
+
+    one = 2 * 24 * 16 * 64
+    jaxpr = jax.make_jaxpr(program)(jnp.zeros((24, 16)), jnp.zeros((16, 64)))
+    assert (jaxpr_flops(jaxpr), kernel_flops(jaxpr)) == (6 * one, 5 * one)
+
+
+@pytest.mark.parametrize(
+    ("message", "temporary", "total"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total "
+            "memory required for HLO temporaries (16.66G) exceeds available HBM (15.75G).",
+            int(16.66 * 2**30),
+            None,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.36G of 15.75G hbm. "
+            "Exceeds hbm capacity by 5.61G.",
+            None,
+            int(21.36 * 2**30),
+        ),
+        ("RESOURCE_EXHAUSTED: something else", None, None),
+    ],
+)
+def test_what_the_compiler_says_of_too_much_memory(
+    message: str, temporary: int | None, total: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lowered = jax.jit(jnp.sin).lower(jnp.zeros(3))
+
+    def refuse(self: jax.stages.Lowered, **_: Any) -> None:
+        raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    with pytest.raises(OutOfMemoryError, match="RESOURCE_EXHAUSTED") as error:
+        compile_program(lowered)
+    assert (error.value.temporary_bytes, error.value.total_bytes) == (temporary, total)
+
+
+@pytest.mark.tpu_compiler
+def test_a_program_that_no_chip_has_room_for() -> None:
+    mesh = make_mesh(devices=topology("v5e:1x1"))
+    x = jax.ShapeDtypeStruct(
+        (2**17, 2**15), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec())
+    )
+    with pytest.raises(OutOfMemoryError) as error:
+        compile_program(jax.jit(lambda x: jnp.sort(x, axis=0) @ x.T).lower(x), level="O0")
+    needed = error.value.total_bytes or error.value.temporary_bytes
+    assert needed is not None and needed > 15.75 * 2**30
 
 
 def loop(condition: str, step: str, start: int = 0, prelude: str = "") -> int | None:

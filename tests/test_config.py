@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Iterator
@@ -30,8 +31,24 @@ from ddk_jax.errors import UserError
 from ddk_jax.models.spec import RopeScaling
 from ddk_jax.plain import from_plain, suggest, to_plain
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+CONFIGS = sorted(
+    path
+    for path in (Path(__file__).parents[1] / "configs").rglob("*.yaml")
+    if path.parent.name != "study"  # no configs of runs: tests/test_study.py
+)
 
+SPEC: dict[str, Any] = {
+    "hidden_size": 8,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "tied_head": False,
+    "rope_scaling": {
+        "kind": "longrope",
+        "original_positions": 64,
+        "short_factor": [1, 2.0],
+        "long_factor": [4, 8],
+    },
+}
 FULL: dict[str, Any] = {
     "run": {"dir": "somewhere/else", "seed": 3},
     "data": {
@@ -63,16 +80,11 @@ FULL: dict[str, Any] = {
     "teacher": {
         "path": "t",
         "domains": {"a": 0.5},
-        "others": [{"path": "u", "weight": 2.0, "domains": {"b": 3.0}}],
+        "others": [{"path": "u", "weight": 2.0, "domains": {"b": 3.0}, "spec": SPEC}],
+        "spec": SPEC,
     },
     "student": {
-        "spec": {
-            "hidden_size": 8,
-            "num_heads": 2,
-            "num_kv_heads": 1,
-            "tied_head": False,
-            "rope_scaling": {"kind": "longrope", "short_factor": [1, 2.0], "long_factor": [4, 8]},
-        },
+        "spec": SPEC,
         "lora": {"rank": 4},
     },
     "objective": {
@@ -184,6 +196,7 @@ def _other(key: str, value: Any) -> Any:
         "student.spec.num_kv_heads": 2,
         "student.spec.hidden_size": 16,
     }
+    key = re.sub(r"^teacher(\.others\.0)?\.spec", "student.spec", key)
     if key in choices:
         return choices[key]
     if isinstance(value, dict):
@@ -195,11 +208,12 @@ def _other(key: str, value: Any) -> Any:
     return value * 0.5 + 0.01 if isinstance(value, float) else f"{value}x"
 
 
-@pytest.mark.parametrize("key", ["run.dir", "data.dir"])
-def test_a_bucket_is_no_place_for_a_run_yet(tmp_path, key):
-    section, _, name = key.partition(".")
-    with pytest.raises(UserError, match=f"{key} = 'gs://b/r': has to be a folder on a disk"):
-        read(tmp_path, f"{section}: {{{name}: gs://b/r}}")
+def test_a_run_may_be_in_a_bucket_and_prepared_data_may_not(tmp_path):
+    assert read(tmp_path, "run: {dir: gs://b/r}").run.dir == "gs://b/r"
+    with pytest.raises(UserError, match=r"run.dir = 's3://b/r': has to be a folder"):
+        read(tmp_path, "run: {dir: s3://b/r}")
+    with pytest.raises(UserError, match=r"data.dir = 'gs://b/r': .* gcloud storage rsync"):
+        read(tmp_path, "data: {dir: gs://b/r}")
 
 
 def test_an_optional_section_is_absent_null_or_given(tmp_path):

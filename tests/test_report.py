@@ -244,6 +244,7 @@ def test_the_record_holds_what_was_written(tmp_path: Path) -> None:
     np.testing.assert_array_equal(run.evaluation_tokens, [0, 100, 400])
     np.testing.assert_array_equal(run.mixture_tokens, [0, 100])
     np.testing.assert_array_equal(run.weights, [[0.5, 0.5], [0.25, 0.75]])
+    np.testing.assert_allclose(run.shares, [[0.6, 0.4], [0.8, 0.2]])
     np.testing.assert_array_equal(run.domain_tokens, [300, 100])
     np.testing.assert_allclose(run.data_wait, [0.25, 0.25])
     assert run.gap is not None and run.mean_gap is not None and run.worst_gap is not None
@@ -330,6 +331,7 @@ def unit_labels(figure: Figure) -> tuple[str, str]:
         ("perplexity", "validation perplexity (log scale)", "domain"),
         ("ratio", "training tokens (thousands)", "perplexity ratio, student / teacher"),
         ("weights", "training tokens (thousands)", "mixture weight (share of rows)"),
+        ("shares", "training tokens (thousands)", "share of the training tokens"),
         ("gap", "training tokens (thousands)", "gap to the teacher (nats/token)"),
         ("speed", "training tokens (thousands)", "fall of the loss (nats / million tokens)"),
         ("loss", "training tokens (thousands)", "training loss (nats/token)"),
@@ -363,6 +365,7 @@ def test_lines_show_the_measured_values(
     assert run.gap is not None
     ratio = {line.get_label(): line for line in drawn["ratio", 1].axes[0].lines}
     weight = {line.get_label(): line for line in drawn["weights", 1].axes[0].lines}
+    share = {line.get_label(): line for line in drawn["shares", 1].axes[0].lines}
     for index, domain in enumerate(DOMAINS):
         np.testing.assert_allclose(ratio[domain].get_xdata(), run.evaluation_tokens / 1000)
         np.testing.assert_allclose(ratio[domain].get_ydata(), np.exp(run.gap[:, index]))
@@ -370,6 +373,7 @@ def test_lines_show_the_measured_values(
         x = np.asarray(weight[domain].get_xdata())
         assert x[1] == 14 * TOKENS_PER_STEP / 1000 and x[-1] == 600
         np.testing.assert_allclose(weight[domain].get_ydata()[:-1], run.weights[:, index])
+        np.testing.assert_allclose(share[domain].get_ydata()[:-1], run.shares[:, index])
         assert weight[domain].get_drawstyle() == "steps-post"
 
 
@@ -528,6 +532,14 @@ def test_the_page_of_several_runs_compares_them(
     assert "<td>10.00</td><td class=best>5.00</td>" in text
 
 
+def test_the_page_says_what_share_of_a_step_waited_for_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "KINDS", KINDS[:1])
+    page = write_report([tiny_run(tmp_path / "tiny")], tmp_path / "report")
+    assert "<dt>waiting for data</dt><dd>25.00%" in page.read_text(encoding="utf-8")
+
+
 def test_the_same_run_gives_the_same_svg_without_a_date(runs: list[RunRecord]) -> None:
     first, second = (svg_bytes(figures.gap_to_teacher(runs[:1])) for _ in range(2))
     assert first == second
@@ -544,7 +556,7 @@ def test_an_unfinished_run_without_a_teacher_has_the_figures_that_apply(
     assert all(np.isnan(row.teacher) and np.isnan(row.ratio) for row in domain_rows(run))
     page = write_report([path], tmp_path / "report")
     names = {file.stem for file in page.parent.glob("*.svg")}
-    expected = {"perplexity", "weights", "speed", "loss", "learning_rate", "throughput"}
+    expected = {"perplexity", "weights", "shares", "speed", "loss", "learning_rate", "throughput"}
     assert names == expected | {"overview"}
     assert "not finished" in Page(page).shown
 

@@ -64,6 +64,22 @@ def spec_of(name: str, fraction: float = 1.0) -> ModelSpec:
     )
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"kind": "linear", "factor": 0.0}, "factor = 0.0: must be positive"),
+        (YARN | {"beta_fast": float("inf")}, "beta_fast = inf"),
+        (YARN | {"original_positions": 0}, "yarn needs original_positions"),
+        (LLAMA3 | {"low_freq_factor": 4.0, "high_freq_factor": 4.0}, "must be larger than"),
+        (LONGROPE | {"long_factor": ()}, "needs positive short_factor and long_factor"),
+        (LONGROPE | {"short_factor": (1.0, 0.0)}, "needs positive short_factor and long_factor"),
+    ],
+)
+def test_a_scaling_that_cannot_be_meant_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RopeScaling(**given)
+
+
 @pytest.mark.parametrize("row", [4096, 4097])
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 @pytest.mark.parametrize("name", SCALINGS)

@@ -138,13 +138,38 @@ def test_text_files_in_other_encodings(tmp_path: Path) -> None:
         text = "na\xefve" if encoding == "latin-1" else "\u4f60\u597d"
         path.write_bytes(text.encode(encoding))
         assert texts(SourceConfig(path=str(path), encoding=encoding)) == [text]
+    for encoding in ("utf-8", "utf-16-le", "utf-32-be", "gb18030"):
+        path.write_bytes("\ufeffa".encode(encoding))
+        assert texts(SourceConfig(path=str(path), encoding=encoding)) == ["a"]
     path.write_bytes(b"\x81")
     [(_, reason)] = rejects(SourceConfig(path=str(path), encoding="gb18030"))
     assert reason == "invalid gb18030 at byte 0"
     with pytest.raises(UserError, match="encoding nothing"):
         check_source(SourceConfig(path="x", encoding="nothing"))
-    with pytest.raises(UserError, match="encoding base64"):
-        check_source(SourceConfig(path="x", encoding="base64"))
+    for encoding in ("base64", "undefined"):
+        with pytest.raises(UserError, match=f"encoding {encoding}"):
+            check_source(SourceConfig(path="x", encoding=encoding))
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("a.json", "one JSON object a line"),
+        ("a.json.gz", "one JSON object a line"),
+        ("a.csv", "JSON lines or Parquet"),
+        ("a.CSV.xz", "JSON lines or Parquet"),
+        ("a.jsonl.bz2", "gzip, xz or zstd"),
+        ("a.tar.gz", "unpack it"),
+    ],
+)
+def test_files_that_are_neither_text_nor_rows_are_refused_with_advice(
+    tmp_path: Path, name: str, advice: str
+) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(DataError, match=advice):
+        list(pieces_of(SourceConfig(path=str(tmp_path / name))))
+    (tmp_path / "a.md").write_text("text")
+    assert texts(SourceConfig(path=str(tmp_path))) == ["text"]
 
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]

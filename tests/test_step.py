@@ -467,11 +467,12 @@ def decoder_params(decoder: Decoder, seed: int) -> Any:
 
 @cache
 def decoders(name: str, dtype: Any = jnp.float32) -> Setting:
+    mesh = make_mesh(*MESHES[name], devices=jax.devices()[: math.prod(MESHES[name])])
     made = setting(
-        replace(STUDENT, dtype=dtype),
+        replace(STUDENT, dtype=dtype, mesh=mesh),
         STUDENT.logical_axes(),
         partial(decoder_params, STUDENT),
-        replace(TEACHER, dtype=dtype),
+        replace(TEACHER, dtype=dtype, mesh=mesh),
         TEACHER.logical_axes(),
         partial(decoder_params, TEACHER),
         MESHES[name],

@@ -72,6 +72,13 @@ def mixture_weights(runs: Runs) -> Figure:
 
 
 @styled
+def realised_shares(runs: Runs) -> Figure:
+    """Share of the training tokens that each domain really had, by interval."""
+    equal = 1 / len(union_of_domains(runs))
+    return _domain_figure(runs, _share_curve, "share of the training tokens", equal, held=True)
+
+
+@styled
 def learning_speed(runs: Runs) -> Figure:
     """How fast the validation loss of each domain falls, per training token of all domains."""
     label = "fall of the loss (nats / million tokens)"
@@ -360,6 +367,10 @@ def _weight_curve(run: RunRecord) -> tuple[np.ndarray, np.ndarray]:
     """Weights at their starts, and the last ones once more where the run stands."""
     end = max(run.trained_tokens, int(run.mixture_tokens[-1]))
     return np.append(run.mixture_tokens, end), np.vstack([run.weights, run.weights[-1:]])
+
+
+def _share_curve(run: RunRecord) -> tuple[np.ndarray, np.ndarray]:
+    return _weight_curve(run)[0], np.vstack([run.shares, run.shares[-1:]])
 
 
 def _loss_series(run: RunRecord) -> dict[str, np.ndarray]:

@@ -26,7 +26,17 @@ from ddk_jax.analysis.runs import (
 from ddk_jax.analysis.tables import domain_rows, domain_table, number, row_cells
 from ddk_jax.errors import StorageError, UserError
 
-__all__ = ["KINDS", "FigureKind", "domain_table", "write_report"]
+__all__ = [
+    "KINDS",
+    "FigureKind",
+    "domain_table",
+    "figure_section",
+    "html_page",
+    "html_row",
+    "html_table",
+    "save_figure",
+    "write_report",
+]
 
 PAGE = "report.html"
 MEAN_ROW = "mean over domains"
@@ -90,6 +100,14 @@ KINDS = (
         "Share of the training rows that each domain was given. A weight holds from one "
         "measurement to the next; the dotted line is equal sampling.",
         figures.mixture_weights,
+        _has_weights,
+    ),
+    FigureKind(
+        "shares",
+        "Realised shares",
+        "Share of the training tokens that each domain had from one measurement to the next: its "
+        "weight, rounded to whole rows, as full as its rows are.",
+        figures.realised_shares,
         _has_weights,
     ),
     FigureKind(
@@ -164,9 +182,9 @@ def write_report(run_dirs: Sequence[str | PathLike[str]], out_dir: str | PathLik
         for kind in KINDS:
             shown = [run for run in runs if kind.applies(run)]
             if shown:
-                drawn.append((kind, _save(kind.draw(shown), out / kind.name)))
+                drawn.append((kind, save_figure(kind.draw(shown), out / kind.name)))
         if len(runs) == 1 and _has_weights(runs[0]):
-            _save(figures.overview(runs[0]), out / "overview")
+            save_figure(figures.overview(runs[0]), out / "overview")
         page = out / PAGE
         page.write_text(_page(runs, drawn), encoding="utf-8")
     except OSError as error:
@@ -174,7 +192,7 @@ def write_report(run_dirs: Sequence[str | PathLike[str]], out_dir: str | PathLik
     return page
 
 
-def _save(figure: Figure, stem: Path) -> bytes:
+def save_figure(figure: Figure, stem: Path) -> bytes:
     """Writes both formats and returns the SVG."""
     svg = svg_bytes(figure)
     stem.with_suffix(".svg").write_bytes(svg)
@@ -192,7 +210,19 @@ def _page(runs: Sequence[RunRecord], drawn: Sequence[tuple[FigureKind, bytes]]) 
             f"<h2>{escape(run.name)}</h2>{_domain_section(run, 'h3')}{_provenance(run, 'h3')}"
             for run in runs
         ]
-    body = [*head, *(_figure_section(kind, svg) for kind, svg in drawn), *tail]
+    figure_sections = (
+        figure_section(kind.name, kind.title, kind.caption, svg) for kind, svg in drawn
+    )
+    return html_page(title, [*head, *figure_sections, *tail])
+
+
+def html_page(title: str, body: Sequence[str]) -> str:
+    """A page that needs no other file and runs no script.
+
+    Args:
+        title: Text.
+        body: HTML.
+    """
     style = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
     return _TEMPLATE.format(title=escape(title), style=style, body="\n".join(body))
 
@@ -210,6 +240,9 @@ def _headline(run: RunRecord) -> str:
     speed = run.tokens_per_second[np.isfinite(run.tokens_per_second)]
     if speed.size:
         facts.append(("median throughput", f"{np.median(speed):,.0f}", "tokens/s"))
+    waited = run.data_wait[np.isfinite(run.data_wait)]
+    if waited.size:
+        facts.append(("waiting for data", f"{100 * np.mean(waited):.2f}%", "of a step, mean"))
     facts.append(("state", *_state(run)))
     items = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)} <small>{escape(unit)}</small></dd></div>"
@@ -221,10 +254,10 @@ def _headline(run: RunRecord) -> str:
 def _domain_section(run: RunRecord, heading: str) -> str:
     rows = domain_rows(run)
     body = [
-        _row([_chip(index) + escape(name), *map(escape, cells)])
+        html_row([_chip(index) + escape(name), *map(escape, cells)])
         for index, (name, *cells) in enumerate(map(row_cells, rows[:-1]))
     ]
-    body.append(_row([*map(escape, row_cells(rows[-1]))], kind="mean"))
+    body.append(html_row([*map(escape, row_cells(rows[-1]))], kind="mean"))
     header = (
         "domain",
         "student perplexity before",
@@ -237,7 +270,7 @@ def _domain_section(run: RunRecord, heading: str) -> str:
     return (
         f"<section><{heading}>Domains</{heading}>"
         '<p class="note">Perplexity on validation text; ratio is student over teacher. The means '
-        f"are geometric.</p>{_table(header, body)}</section>"
+        f"are geometric.</p>{html_table(header, body)}</section>"
     )
 
 
@@ -264,9 +297,9 @@ def _comparison(runs: Sequence[RunRecord]) -> str:
             _change(mean.before, mean.after),
             _state(run)[0],
         ]
-        body.append(_row([*map(escape, cells)]))
+        body.append(html_row([*map(escape, cells)]))
     return (
-        f"<section><h2>Runs</h2>{_table(header, body)}</section>"
+        f"<section><h2>Runs</h2>{html_table(header, body)}</section>"
         "<section><h2>Student perplexity by domain</h2>"
         '<p class="note">At the last measurement; the lowest is bold. The means are geometric.</p>'
         f"{_perplexity_by_run(runs)}</section>"
@@ -288,15 +321,16 @@ def _perplexity_by_run(runs: Sequence[RunRecord]) -> str:
         ]
         kind = " class=mean" if name == MEAN_ROW else ""
         body.append(f"<tr{kind}><th scope=row>{escape(name)}</th>{''.join(cells)}</tr>")
-    return _table(["domain", *(run.name for run in runs)], body)
+    return html_table(["domain", *(run.name for run in runs)], body)
 
 
-def _figure_section(kind: FigureKind, svg: bytes) -> str:
+def figure_section(name: str, title: str, caption: str, svg: bytes) -> str:
+    """A figure in a page, drawn into it."""
     image = base64.b64encode(svg).decode("ascii")
     return (
-        f'<section id="{kind.name}"><h2>{escape(kind.title)}</h2><figure>'
-        f"<figcaption>{escape(kind.caption)}</figcaption>"
-        f'<img alt="{escape(kind.title)}: {escape(kind.caption)}" '
+        f'<section id="{name}"><h2>{escape(title)}</h2><figure>'
+        f"<figcaption>{escape(caption)}</figcaption>"
+        f'<img alt="{escape(title)}: {escape(caption)}" '
         f'src="data:image/svg+xml;base64,{image}"></figure></section>'
     )
 
@@ -307,7 +341,7 @@ def _provenance(run: RunRecord, heading: str) -> str:
     config = yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True)
     pairs = [("directory", str(run.path)), ("state", ", ".join(filter(None, _state(run))))]
     pairs += [(name, str(value)) for name, value in _leaves(run.identity)]
-    body = [_row([escape(name), escape(value)]) for name, value in pairs]
+    body = [html_row([escape(name), escape(value)]) for name, value in pairs]
     return (
         f"<section><{heading}>How it was made</{heading}>"
         f'<div class="wide"><table class="pairs"><tbody>{"".join(body)}</tbody></table></div>'
@@ -354,14 +388,14 @@ def _chip(index: int) -> str:
     return f'<span class="chip" style="background:{domain_look(index)["color"]}"></span>'
 
 
-def _row(cells: Sequence[str], kind: str = "") -> str:
+def html_row(cells: Sequence[str], kind: str = "") -> str:
     """A row of cells that are HTML already."""
     opening = f'<tr class="{kind}">' if kind else "<tr>"
     first, *others = cells
     return f"{opening}<th scope=row>{first}</th>{''.join(f'<td>{c}</td>' for c in others)}</tr>"
 
 
-def _table(header: Sequence[str], body: Sequence[str]) -> str:
+def html_table(header: Sequence[str], body: Sequence[str]) -> str:
     """A table of text headings and finished rows, which scrolls by itself on a narrow screen."""
     columns = "".join(f"<th scope=col>{escape(name)}</th>" for name in header)
     return (

@@ -55,6 +55,8 @@ class RunRecord:
     """Training tokens before the first row that was drawn with each weight vector."""
     weights: Float64[np.ndarray, "M D"]
     """Mixture weights; each holds until the next one starts."""
+    shares: Float64[np.ndarray, "M D"]
+    """Share of the training tokens that were drawn under each weight vector; NaN before any."""
 
     steps: Int64[np.ndarray, "S"]
     """Numbers of the finished steps, from 1."""
@@ -237,7 +239,8 @@ def _record(
         student_nats=_by_domain(evaluations, "student_nats", domains),
         teacher_nats=_by_domain(taught, "teacher_nats", domains)[-1] if taught else None,
         mixture_tokens=_start_tokens(config, mixtures, step_numbers, step_tokens),
-        weights=_by_domain(mixtures, "weights", domains),
+        weights=_by_domain([_weighed(event) for event in mixtures], "weights", domains),
+        shares=_shares(config, mixtures, steps, evaluations[0]["domains"], domains),
         steps=step_numbers,
         tokens=step_tokens,
         loss=_floats(event["loss"] for event in steps),
@@ -250,6 +253,12 @@ def _record(
         ),
         domain_tokens=_drawn_tokens(steps, evaluations[0]["domains"], domains),
     )
+
+
+def _weighed(mixture: dict[str, Any]) -> dict[str, Any]:
+    """The event with the weights that a controller moved: those in the loss, if it weighs it."""
+    in_loss = mixture.get("loss_weights")
+    return mixture if in_loss is None else mixture | {"weights": in_loss}
 
 
 def _domains(config: Mapping[str, Any], evaluations: list[dict[str, Any]]) -> tuple[str, ...]:
@@ -284,6 +293,24 @@ def _drawn_tokens(
         for name, count in zip(logged, event["domain_tokens"], strict=True):
             totals[domains.index(name)] += count
     return totals
+
+
+def _shares(
+    config: Mapping[str, Any],
+    mixtures: list[dict[str, Any]],
+    steps: list[dict[str, Any]],
+    logged: Sequence[str],
+    domains: tuple[str, ...],
+) -> Float64[np.ndarray, "M D"]:
+    """What the steps under each weight vector drew."""
+    starts = [event["start_row"] / config["train"]["rows_per_step"] for event in mixtures]
+    found = np.full((len(mixtures), len(domains)), np.nan)
+    for row, start, end in zip(found, starts, [*starts[1:], np.inf], strict=True):
+        within = [event for event in steps if start < event["step"] <= end]
+        drawn = _drawn_tokens(within, logged, domains)
+        if total := drawn.sum():
+            row[:] = drawn / total
+    return found
 
 
 def _by_domain(

@@ -19,7 +19,7 @@ from typing import Any, TypedDict
 
 import grain
 import numpy as np
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 
 from ddk_jax.data import epochs
 from ddk_jax.data.rows import DomainRows, HostBatch, empty_batch
@@ -61,6 +61,7 @@ class MixturePipeline(Iterator[tuple[HostBatch, PipelineState]]):
         seed: int,
         prefetch: int,
         finish: Callable[[HostBatch], HostBatch] | None = None,
+        places: Int64[np.ndarray, " local"] | None = None,
     ) -> None:
         """Start at row 0.
 
@@ -71,6 +72,8 @@ class MixturePipeline(Iterator[tuple[HostBatch, PipelineState]]):
             seed: of the permutations, any non-negative number.
             prefetch: batches built ahead, in threads. 0: each is built when asked for.
             finish: done to every batch where it is built; pure.
+            places: those rows of every batch that are read, the other ones are padding: what this
+                process needs of a batch that several share. Default: all.
 
         Raises:
             ValueError: a number is out of range, or domains and weights do not fit.
@@ -85,7 +88,7 @@ class MixturePipeline(Iterator[tuple[HostBatch, PipelineState]]):
             raise ValueError(f"expected domains with one row length, got {sorted(lengths)}")
         self._rows_per_step = rows_per_step
         schedule = RowSchedule(weights)
-        self._builder = _BatchBuilder(domains, schedule, rows_per_step, seed, finish)
+        self._builder = _BatchBuilder(domains, schedule, rows_per_step, seed, finish, places)
         if self._builder.schedule.num_domains != len(domains):
             raise ValueError(f"{len(weights)} weights given for {len(domains)} domains")
         options = grain.ReadOptions(
@@ -193,8 +196,11 @@ class _BatchBuilder:
         rows_per_step: int,
         seed: int,
         finish: Callable[[HostBatch], HostBatch] | None,
+        places: Int64[np.ndarray, " local"] | None,
     ) -> None:
         self._finish = finish
+        everywhere = np.arange(rows_per_step, dtype=np.int64)
+        self._is_read = np.isin(everywhere, everywhere if places is None else places)
         self.schedule = schedule
         self.sizes = np.asarray([len(rows) for rows in domains], np.int64)
         self._domains = domains
@@ -216,7 +222,7 @@ class _BatchBuilder:
             domain, number_in_domain = self.schedule.rows(first, self._rows_per_step)
         batch = empty_batch(self._rows_per_step, self._domains[0].length)
         for number in np.unique(domain):
-            places = np.flatnonzero(domain == number)
+            places = np.flatnonzero((domain == number) & self._is_read)
             order = self._orders[number]
             indices = np.asarray([order[k] for k in number_in_domain[places].tolist()], np.int64)
             self._domains[number].fill(batch, places, indices)

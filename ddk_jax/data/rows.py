@@ -186,18 +186,26 @@ def open_rows(
     return found
 
 
-def validation_batches(rows: DomainRows, count: int, batch_rows: int) -> Iterator[HostBatch]:
+def validation_batches(
+    rows: DomainRows,
+    count: int,
+    batch_rows: int,
+    places: Int64[np.ndarray, " local"] | None = None,
+) -> Iterator[HostBatch]:
     """The same `count` rows each time, evenly spaced over a split, in batches of one shape.
 
     Args:
         rows: the split.
         count: rows to take; all of them if 0 or if there are fewer.
         batch_rows: rows of a batch. The last one is filled up with padding.
+        places: those rows of every batch that are filled; the others are padding. Default: all.
     """
+    places = np.arange(batch_rows, dtype=np.int64) if places is None else places
     total = len(rows) if count == 0 else min(count, len(rows))
     chosen = np.arange(total, dtype=np.int64) * len(rows) // total
     for start in range(0, total, batch_rows):
         part = chosen[start : start + batch_rows]
         batch = empty_batch(batch_rows, rows.length, rows.domain)
-        rows.fill(batch, np.arange(part.size, dtype=np.int64), part)
+        filled = places[places < part.size]
+        rows.fill(batch, filled, part[filled])
         yield batch

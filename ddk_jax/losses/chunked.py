@@ -187,14 +187,28 @@ def sharded_objective(
     mesh: Mesh,
     data_axes: tuple[str, ...],
     vocab_axis: str,
+    gathered: Head | None = None,
 ) -> Result:
     """`chunked_objective` on a mesh: `data_axes` share the rows, `vocab_axis` the heads' columns.
 
     Each data shard scans its own tokens; the gradient of the head is summed over them once. (Left
     to the partitioner, a scan over chunks of a sharded token axis makes every replica do all the
     work.) The vocabulary axis is left to the partitioner, which finds every device's columns.
+
+    Args:
+      student_hidden: as for `chunked_objective`, and so are the next four.
+      student_head: likewise; what is differentiated.
+      inputs: likewise.
+      terms: likewise.
+      plan: likewise.
+      mesh: the devices.
+      data_axes: see above.
+      vocab_axis: see above.
+      gathered: the student's head once more, with all rows on every data shard, where that was
+        made ahead, for several calls. None: it is made here.
     """
     plan = replace(plan, vocab_shards=mesh.shape[vocab_axis])
+    whole, _ = _aligned(gathered or student_head, inputs, plan, mesh, vocab_axis)
     student_head, inputs = _aligned(student_head, inputs, plan, mesh, vocab_axis)
     shared = tuple(axis for axis in data_axes if mesh.shape[axis] > 1)
     if not shared:  # XLA refuses a sum over one shard that leaves other axes to the partitioner
@@ -217,20 +231,37 @@ def sharded_objective(
         temperature=none,  # type: ignore[arg-type]
     )
 
-    def local(hidden: Array, head: Head, shard: LossInputs) -> Result:
-        # The head is the same on all data shards, its gradients are not: as a varying value its
-        # cotangent is summed over the shards.
-        varying = jax.tree.map(lambda x: jax.lax.pcast(x, shared, to="varying"), head)
-        total, nats = chunked_objective(hidden, varying, shard, terms, plan)
+    def local(hidden: Array, head: Head, whole: Head, shard: LossInputs) -> Result:
+        total, nats = chunked_objective(hidden, _stand_in(head, whole, shared), shard, terms, plan)
         return jax.lax.psum(total, shared), nats
 
     return jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(rows, none, specs),
+        in_specs=(rows, none, none, specs),
         out_specs=(none, by_row),
         axis_names=set(shared),
-    )(student_hidden, student_head, inputs)
+    )(student_hidden, student_head, jax.lax.stop_gradient(whole), inputs)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _stand_in(head: Head, whole: Head, shared: tuple[str, ...]) -> Head:
+    """`whole`, the same head on all data shards, in the place of `head`, whose gradient it gets.
+
+    The head is the same on all of them, its gradients are not: they are summed over the shards.
+    """
+    return jax.tree.map(lambda x: jax.lax.pcast(x, shared, to="varying"), whole)
+
+
+def _stand_in_forward(head: Head, whole: Head, shared: tuple[str, ...]) -> tuple[Head, None]:
+    return _stand_in(head, whole, shared), None
+
+
+def _stand_in_backward(shared: tuple[str, ...], _: None, gradient: Head) -> tuple[Head, None]:
+    return jax.tree.map(lambda x: jax.lax.psum(x, shared), gradient), None
+
+
+_stand_in.defvjp(_stand_in_forward, _stand_in_backward)
 
 
 def _aligned(
@@ -246,7 +277,7 @@ def _aligned(
             head = fit(head, -(-(tokens or min(widths)) // shards) * shards)
         if shards == 1:
             return head
-        columns = NamedSharding(mesh, PartitionSpec(None, vocab_axis))
+        columns = NamedSharding(mesh, PartitionSpec(PartitionSpec.UNCONSTRAINED, vocab_axis))
         return head._replace(kernel=jax.lax.with_sharding_constraint(head.kernel, columns))
 
     teacher = inputs.teacher

@@ -18,7 +18,7 @@ from ddk_jax.losses import divergences, ranked, sparse, truncated
 from ddk_jax.losses.bild import bild
 from ddk_jax.losses.divergences import ChunkView
 from ddk_jax.losses.state_terms import StateLoss, StateTerm
-from ddk_jax.losses.targets import teacher_cross_entropy
+from ddk_jax.losses.targets import clipped_excess, teacher_cross_entropy
 
 PADDING, PROMPT, RESPONSE = 0, 1, 2
 Roles: TypeAlias = Literal["all", "prompt", "response"]
@@ -51,6 +51,7 @@ class Loss:
 LOSSES: dict[str, Loss] = {
     "cross_entropy": Loss(function=divergences.cross_entropy, needs_teacher=False),
     "teacher_cross_entropy": Loss(function=teacher_cross_entropy),
+    "clipped_excess": Loss(function=clipped_excess),
     "forward_kl": Loss(function=divergences.forward_kl),
     "reverse_kl": Loss(function=divergences.reverse_kl),
     "generalised_jsd": Loss(function=divergences.generalised_jsd),

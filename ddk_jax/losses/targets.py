@@ -95,6 +95,16 @@ def teacher_cross_entropy(view: ChunkView) -> Float[Array, "N"]:
     return cross_entropy(view._replace(student_logits=view.teacher_logits))
 
 
+def clipped_excess(view: ChunkView) -> Float[Array, "N"]:
+    """max(cross-entropy of the student - of the teacher, 0), in nats; it has no gradient.
+
+    What DoReMi's weights of the domains follow, with the reference model as the teacher (arXiv
+    2305.10429, algorithm 1): clipped at every token, before any mean is taken.
+    """
+    excess = cross_entropy(view) - teacher_cross_entropy(view)
+    return jax.lax.stop_gradient(jnp.maximum(excess, jnp.float32(0)))
+
+
 def fit(head: Head, width: int) -> Head:
     """The head with `width` columns: those beyond are cut off, missing ones are 0 (and ruled out).
 

@@ -1,7 +1,7 @@
 """Controllers of other papers that follow a loss or an excess loss.
 
 Where a paper updates at every step, ours updates once in an interval, from the mean over the
-interval's batches; `mixture.interval_steps: 1` is the paper's.
+interval's batches; `mixture.interval_steps: 1` is the paper's. DoReMi updates at every step.
 """
 
 from __future__ import annotations

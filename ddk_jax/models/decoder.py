@@ -19,10 +19,11 @@ from typing import Any, Literal, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from ddk_jax.losses.targets import Head
-from ddk_jax.models.attention import causal_segment_mask
+from ddk_jax.models.attention import attention, causal_segment_mask
 from ddk_jax.models.cache import Cache, Kept, KeyValues, Past, Rows, entries, visible_entries
 from ddk_jax.models.collect import (
     NOTHING,
@@ -35,8 +36,11 @@ from ddk_jax.models.collect import (
     keep,
     layer_slots,
 )
+from ddk_jax.models.kernels import RESIDUALS, Attend, text_attention
 from ddk_jax.models.layers import Inner, Layer, Norm, View
+from ddk_jax.models.lookup import look_up, share_rows
 from ddk_jax.models.lora import LowRank
+from ddk_jax.models.quantise import Quantised
 from ddk_jax.models.rope import is_long, rope_table
 from ddk_jax.models.spec import ModelSpec
 from ddk_jax.models.tree import Params, leaves
@@ -66,8 +70,10 @@ class Decoder:
     spec: ModelSpec
     dtype: Any = jnp.float32
     """Type of the activations, and of the weights as they are used."""
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Literal["none", "full", "attention", "dots"] = "none"
     """What the backward pass recomputes."""
+    mesh: Mesh | None = None
+    """The devices that rows of text are read on. None: any, all of them alike."""
 
     def init(self, key: Array) -> Params:
         """Random float32 parameters: a function of the key and the spec, on any number of devices.
@@ -115,8 +121,7 @@ class Decoder:
                 f"rows of {length} tokens for a model with {spec.max_positions} learned positions: "
                 "shorten the rows"
             )
-        visible = partial(causal_segment_mask, segment_ids)
-        views = self._views(positions, visible, long=is_long(spec, length))
+        views = self._views(positions, self._of_text(segment_ids), long=is_long(spec, length))
         x = self._embedded(params, tokens, positions)
         slots, kept = layer_slots(spec, collect), buffers(spec, collect, x)
         run = {
@@ -129,7 +134,7 @@ class Decoder:
             x, kept = state
             out, projected = run[kind](layer_params, x)
             slot = Slots(slots.hidden[number], slots.qkv[number])
-            return out, keep(kept, slot, x, projected)
+            return share_rows(out, self.mesh), keep(kept, slot, x, projected)
 
         x, kept = self._through_layers(params, (x, kept), step)
         hidden = self.final_norm(params, x)
@@ -154,8 +159,8 @@ class Decoder:
           state: where it begins.
           visit: gets a layer's number, its input, its output, and what it computed in between.
         """
-        visible = partial(causal_segment_mask, segment_ids)
-        views = self._views(positions, visible, long=is_long(self.spec, tokens.shape[1]))
+        long = is_long(self.spec, tokens.shape[1])
+        views = self._views(positions, self._of_text(segment_ids), long=long)
 
         def step(
             kind: str, layer_params: Params, number: Array, so_far: tuple[Array, State]
@@ -163,6 +168,7 @@ class Decoder:
             layer = nnx.merge(_layer_graph(self.spec), self._cast(layer_params))
             x, state = so_far
             out, _, _, inner = layer.watched(x, views[kind])
+            out = share_rows(out, self.mesh)
             return out, visit(state, number, x, out, inner)
 
         x = self._embedded(params, tokens, positions)
@@ -185,8 +191,12 @@ class Decoder:
         spec, (B, P) = self.spec, tokens.shape
         column = jnp.arange(P, dtype=jnp.int32)[None, :]
         positions = column - rows.starts[:, None]
-        visible = partial(causal_segment_mask, (positions >= 0).astype(jnp.int32))
+        segment_ids = (positions >= 0).astype(jnp.int32)
         positions = jnp.maximum(positions, 0)
+
+        def visible(window: int) -> Attend:
+            return partial(attention, mask_BTS=causal_segment_mask(segment_ids, window))
+
         views = self._views(positions, visible, long=is_long(spec, rows.longest))
         x = self._embedded(params, tokens, positions)
         shape = (spec.num_layers, B, P, spec.num_kv_heads, spec.head_width)
@@ -233,8 +243,9 @@ class Decoder:
         positions = (column - rows.starts)[:, None]
         sizes = {self._kind(i): kept.k.shape[2] for i, kept in enumerate(cache)}
 
-        def visible(window: int) -> Bool[Array, "B 1 S"]:
-            return visible_entries(column, rows.starts, sizes["local" if window else "global"])
+        def visible(window: int) -> Attend:
+            size = sizes["local" if window else "global"]
+            return partial(attention, mask_BTS=visible_entries(column, rows.starts, size))
 
         views = self._views(positions, visible, long=is_long(self.spec, rows.longest))
         x = self._embedded(params, tokens[:, None], positions)
@@ -282,17 +293,17 @@ class Decoder:
     ) -> Float[Array, "B T E"]:
         """The input of the first layer."""
         spec, tables = self.spec, params["embed"]
-        x = tables["table"][tokens].astype(self.dtype)
+        x = look_up(tables["table"], tokens, self.dtype, self.mesh)
         if spec.scaled_embedding:
             x = x * jnp.asarray(math.sqrt(spec.hidden_size), self.dtype)
         if spec.positions == "learned":
-            x = x + tables["positions"][positions].astype(self.dtype)
+            x = x + look_up(tables["positions"], positions, self.dtype, self.mesh)
         return x
 
     def _views(
         self,
         positions: Int[Array, "B T"],
-        visible: Callable[[int], Bool[Array, "B T S"]],
+        attend: Callable[[int], Attend],
         *,
         long: bool | Bool[Array, "B"],
     ) -> dict[str, View]:
@@ -300,18 +311,21 @@ class Decoder:
 
         Args:
           positions: of the tokens.
-          visible: from the window of a kind, 0 for none, to its mask.
+          attend: from the window of a kind, 0 for none, to its attention.
           long: as in `rope_table`.
         """
         spec = self.spec
 
         def view(kind: str) -> View:
-            mask = visible(spec.window if kind == "local" else 0)
+            seen = attend(spec.window if kind == "local" else 0)
             if spec.positions == "learned":
-                return View(mask, None)
-            return View(mask, rope_table(spec, kind, positions, long=long))
+                return View(seen, None)
+            return View(seen, rope_table(spec, kind, positions, long=long))
 
         return {kind: view(kind) for kind in sorted(set(spec.pattern[: spec.num_layers]))}
+
+    def _of_text(self, segment_ids: Int[Array, "B T"]) -> Callable[[int], Attend]:
+        return partial(text_attention, segment_ids, mesh=self.mesh)
 
     def _layer(
         self, view: View, layer_params: Params, x: Float[Array, "B T E"]
@@ -342,18 +356,34 @@ class Decoder:
         return state
 
     def _cast(self, params: Params) -> Params:
-        def ready(leaf: Array | LowRank) -> Array:
-            return (leaf.added() if isinstance(leaf, LowRank) else leaf).astype(self.dtype)
+        def is_leaf(node: Any) -> bool:
+            return isinstance(node, LowRank | Quantised)
 
-        return jax.tree.map(ready, params, is_leaf=lambda node: isinstance(node, LowRank))
+        def ready(leaf: Array | LowRank | Quantised) -> Array:
+            if isinstance(leaf, LowRank):
+                leaf = leaf.added()
+            elif isinstance(leaf, Quantised):
+                leaf = leaf.restored()
+            return leaf.astype(self.dtype)
+
+        return jax.tree.map(ready, params, is_leaf=is_leaf)
 
     def _rematerialised(self, function: Callable[..., Any]) -> Callable[..., Any]:
         if self.remat == "none":
             return function
-        policy = None
-        if self.remat == "dots":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        return jax.checkpoint(function, policy=policy)
+        return jax.checkpoint(function, policy=_kept(self.remat))
+
+
+def _kept(remat: str) -> Callable[..., bool] | None:
+    """What is not recomputed of a layer, as a policy of `jax.checkpoint`; None: all of it is."""
+    policies = jax.checkpoint_policies
+    attention = policies.save_only_these_names(RESIDUALS)
+    if remat == "attention":
+        return attention
+    if remat == "dots":
+        products = policies.dots_with_no_batch_dims_saveable
+        return policies.save_from_both_policies(products, attention)
+    return None
 
 
 @cache

@@ -45,7 +45,7 @@ from ddk_jax.models.directory import (
     weight_files,
     write_json,
 )
-from ddk_jax.models.load import load_params
+from ddk_jax.models.load import Become, load_params
 from ddk_jax.models.save import write_weights
 from ddk_jax.models.spec import ModelSpec
 from ddk_jax.models.tensors import Tensor
@@ -120,6 +120,7 @@ def load(
     dtype: Any = jnp.float32,
     shardings: Params | None = None,
     progress: Progress | None = None,
+    become: Become | None = None,
 ) -> Params:
     """Read the parameters of a model directory.
 
@@ -134,6 +135,7 @@ def load(
       shardings: a sharding in the place of every parameter; each host then reads just the parts
         that its devices hold. Default: whole arrays on the default device.
       progress: told how far it is.
+      become: makes of every parameter what takes its place, before the next one is read.
 
     Returns:
       The parameter tree that `Decoder(spec=spec).init` has the shape of.
@@ -157,6 +159,7 @@ def load(
             dtype=dtype,
             shardings=shardings,
             progress=progress,
+            become=become,
         )
 
 

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from ddk_jax.models.attention import attention
 from ddk_jax.models.cache import KeyValues, Past
 from ddk_jax.models.collect import Projected
+from ddk_jax.models.kernels import Attend
 from ddk_jax.models.rope import Rope, rotate
 from ddk_jax.models.spec import ModelSpec
 
@@ -38,8 +38,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class View(NamedTuple):
     """What the tokens of a call know of each other, in the layers of one kind."""
 
-    mask: Bool[Array, "B T S"]
-    """Whether token t sees token s."""
+    attend: Attend
+    """What each head reads of the tokens that it sees."""
     rope: Rope | None
     """The rotation by position; None: queries and keys are not rotated."""
 
@@ -159,7 +159,7 @@ class Attention(nnx.Module):
         read = KeyValues(k_BTKD, v_BTKD)
         if past is not None:
             read = past.and_now(read)
-        out_BTHD = attention(q_BTHD, *read, view.mask, scale=self.scale, softcap=self.softcap)
+        out_BTHD = view.attend(q_BTHD, *read, scale=self.scale, softcap=self.softcap)
         return out_BTHD, projected, read
 
     def joined(self, heads_BTHD: Float[Array, "B T H D"]) -> Float[Array, "B T E"]:

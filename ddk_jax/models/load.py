@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,9 @@ from ddk_jax.models.tensors import FLOAT_TYPES, Tensor
 SMALL_BYTES = 2**24
 """Parameters up to this size are read whole by every host and made there: nothing to compile."""
 
+Become: TypeAlias = Callable[[tuple[str, ...], jax.Array], Any]
+"""Path of a parameter in the tree, and the parameter."""
+
 _READERS = 8
 _CHUNK = 2**18
 
@@ -43,6 +46,7 @@ def load_params(
     dtype: Any = jnp.float32,
     shardings: Params | None = None,
     progress: Progress | None = None,
+    become: Become | None = None,
 ) -> Params:
     """Read parameters from the tensors of a model, under their Hugging Face names.
 
@@ -54,6 +58,7 @@ def load_params(
       shardings: a sharding in the place of every parameter; each host then reads just the parts
         that its devices hold. Default: whole arrays on the default device.
       progress: told how far it is.
+      become: makes of every parameter what takes its place, before the next one is read.
 
     Returns:
       The parameter tree that `Decoder(spec=spec).init` has the shape of.
@@ -71,7 +76,9 @@ def load_params(
     # The largest tensor first, while there is little beside it.
     for path, leaf in sorted(leaves.items(), key=lambda item: -math.prod(item[1].one)):
         sharding = None if shardings is None else at(shardings, path)
-        at(params, path[:-1])[path[-1]] = loader.load(leaf, sharding)
+        value = loader.load(leaf, sharding)
+        at(params, path[:-1])[path[-1]] = value if become is None else become(path, value)
+        del value  # the next one is read
     return params
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,6 +40,18 @@ class RopeScaling:
     """Of longrope: divisor of each frequency in sequences up to the original length."""
     long_factor: tuple[float, ...] = ()
     """Of longrope: divisor of each frequency in longer sequences."""
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be positive")
+        if self.kind != "linear" and self.original_positions < 1:
+            raise ValueError(f"{self.kind} needs original_positions of at least 1")
+        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError("high_freq_factor must be larger than low_freq_factor")
+        factors = self.short_factor, self.long_factor
+        if self.kind == "longrope" and not (min(map(len, factors)) and min(map(min, factors)) > 0):
+            raise ValueError("longrope needs positive short_factor and long_factor")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, TypeAlias
@@ -22,6 +23,7 @@ from jax.experimental import topologies
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxprs_in_params
 
+from ddk_jax.parallel.buffers import footprints
 from ddk_jax.parallel.work import Work, read_work
 
 Level: TypeAlias = Literal["O0", "O1", "O2", "O3"]
@@ -52,6 +54,12 @@ class Memory:
     """The most that is in use at one time, arguments and outputs included, by the compiler's own
     account. Gaps between the temporaries are not in it; on CPU no temporaries are."""
 
+    @property
+    def allocated_bytes(self) -> int:
+        """What has to be free for the program to run: everything, gaps included."""
+        given = self.argument_bytes + self.output_bytes - self.alias_bytes
+        return given + self.temporary_bytes + self.code_bytes
+
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
@@ -59,6 +67,19 @@ class Program:
 
     memory: Memory
     work: Work
+    scopes: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of the temporaries by named scope, as from `buffers.footprints`, where asked for."""
+
+
+class OutOfMemoryError(Exception):
+    """The compiler finds that a program needs more memory than a device has."""
+
+    def __init__(self, message: str, *, temporary_bytes: int | None, total_bytes: int | None):
+        super().__init__(message)
+        self.temporary_bytes = temporary_bytes
+        """That the program needs beside its arguments, where the compiler says that."""
+        self.total_bytes = total_bytes
+        """That it needs in all, where the compiler says that."""
 
 
 def topology(name: str) -> list[jax.Device]:
@@ -95,7 +116,9 @@ def topology(name: str) -> list[jax.Device]:
         ) from error
 
 
-def compile_program(lowered: jax.stages.Lowered, *, level: Level = "O1") -> Program:
+def compile_program(
+    lowered: jax.stages.Lowered, *, level: Level = "O1", scopes: Sequence[str] = ()
+) -> Program:
     """Compile for the devices that the arguments lie on, and read the result.
 
     Args:
@@ -103,19 +126,50 @@ def compile_program(lowered: jax.stages.Lowered, *, level: Level = "O1") -> Prog
         with shardings on a mesh of `topology` devices.
       level: how hard the compiler tries. O1 takes a third to a fourth of the time of O2, with the
         same FLOPs and within about a tenth of the memory.
+      scopes: names given with `jax.named_scope`, whose temporaries are told apart. On TPU.
 
     Raises:
-      jax.errors.JaxRuntimeError: the compiler refuses, for instance because the program does not
-        fit into the memory of the device.
+      OutOfMemoryError: the program does not fit into the memory of the device.
+      jax.errors.JaxRuntimeError: the compiler refuses for another reason.
     """
     options: dict[str, Any] = {"optimization_level": _LEVELS[level]}
     with TemporaryDirectory() as folder, _no_persistent_cache():
         # The text comes from the compiler's dump: `as_text` fails on some programs for v5p, whose
         # asynchronous instructions it cannot read back.
         options |= {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        compiled = lowered.compile(compiler_options=options)
-        dumped = list(Path(folder).glob("*after_codegen.txt"))
-        return read_program(compiled, dumped[0].read_text("utf-8") if dumped else None)
+        try:
+            compiled = lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise _out_of_memory(str(error)) from error
+        text = _dumped(folder, "*after_codegen.txt")
+        program = read_program(compiled, text)
+        assignment = _dumped(folder, "*after_optimizations-buffer-assignment.txt")
+        if not (scopes and text and assignment):
+            return program
+        return replace(program, scopes=footprints(assignment, text, scopes))
+
+
+def _dumped(folder: str, pattern: str) -> str | None:
+    """What the compiler has written of a program; None: nothing."""
+    found = list(Path(folder).glob(pattern))
+    return found[0].read_text("utf-8") if found else None
+
+
+def _out_of_memory(message: str) -> OutOfMemoryError:
+    """The sizes in the compiler's message, of which it has several."""
+
+    def size(pattern: str) -> int | None:
+        found = re.search(pattern, message)
+        units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+        return int(float(found[1]) * units[found[2]]) if found else None
+
+    return OutOfMemoryError(
+        message,
+        temporary_bytes=size(r"required for HLO temporaries \(([\d.]+)([KMGT]?)"),
+        total_bytes=size(r"Used ([\d.]+)([KMGT]?)B? of "),
+    )
 
 
 def read_program(compiled: jax.stages.Compiled, text: str | None = None) -> Program:
@@ -152,15 +206,30 @@ def jaxpr_flops(jaxpr: ClosedJaxpr | Jaxpr) -> int:
     Args:
       jaxpr: of `jax.make_jaxpr(function)(arguments)`.
     """
+    return _flops(jaxpr, outside_kernels=True)
+
+
+def kernel_flops(jaxpr: ClosedJaxpr | Jaxpr) -> int:
+    """The part of `jaxpr_flops` that is in Pallas kernels, which `Work.flops` does not see.
+
+    Every block of a kernel's grid counts, also those that it skips, as under a causal mask.
+
+    Args:
+      jaxpr: as for `jaxpr_flops`.
+    """
+    return _flops(jaxpr, outside_kernels=False)
+
+
+def _flops(jaxpr: ClosedJaxpr | Jaxpr, *, outside_kernels: bool) -> int:
     total = 0
     for equation in jaxpr.eqns:
-        params = equation.params
-        inner = [jaxpr_flops(sub) for sub in jaxprs_in_params(params)]
-        match equation.primitive.name:
+        params, name = equation.params, equation.primitive.name
+        counted = outside_kernels or name == "pallas_call"
+        inner = [_flops(sub, outside_kernels=counted) for sub in jaxprs_in_params(params)]
+        match name:
             case "dot_general":
-                (contracted, _), _ = params["dimension_numbers"]
-                left, result = (_dims(x) for x in (equation.invars[0], equation.outvars[0]))
-                total += 2 * math.prod(result) * math.prod(left[axis] for axis in contracted)
+                if outside_kernels:
+                    total += _product_flops(equation)
             case "scan":
                 total += params["length"] * sum(inner)
             case "cond":
@@ -173,6 +242,12 @@ def jaxpr_flops(jaxpr: ClosedJaxpr | Jaxpr) -> int:
             case _:
                 total += sum(inner)
     return total
+
+
+def _product_flops(equation: Any) -> int:
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    left, result = (_dims(x) for x in (equation.invars[0], equation.outvars[0]))
+    return 2 * math.prod(result) * math.prod(left[axis] for axis in contracted)
 
 
 def _dims(variable: Any) -> tuple[int, ...]:

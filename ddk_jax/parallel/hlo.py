@@ -56,6 +56,8 @@ class Instruction(NamedTuple):
     literal: str
     """What stands in the parentheses: a constant's value, a parameter's number, or the operands."""
     attributes: str
+    on_chip: tuple[bool, ...] = ()
+    """Which of the arrays of the result lie in the chip's own memory, not in HBM."""
 
     def attribute(self, name: str) -> str:
         """The text of one attribute without its outer braces; empty where it is absent."""
@@ -104,7 +106,7 @@ _INSTRUCTION = re.compile(
     r"\s+(?P<root>ROOT )?%(?P<name>\S+) = (?P<type>.*?) (?P<opcode>[a-z][\w-]*)"
     r"\((?P<literal>.*?)\)(?:, (?P<attributes>[a-z][\w-]*=.*))?$"
 )
-_SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\]")
+_SHAPE = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](\{[^{}]*\})?")
 
 
 def parse_hlo(text: str) -> Module:
@@ -113,6 +115,8 @@ def parse_hlo(text: str) -> Module:
     Raises:
       ValueError: the text is no HLO.
     """
+    # Kernels carry settings of their own, on lines of their own.
+    text = re.sub(r"kernel_metadata=\{\n.*?\n\}", "kernel_metadata={}", text)
     lines = iter(re.sub(r"/\*.*?\*/", "", text).splitlines())
     title = next(lines, "")
     computations: dict[str, Computation] = {}
@@ -137,23 +141,28 @@ def _computation(name: str, lines: Iterator[str]) -> Computation:
         found = _INSTRUCTION.match(line)
         if not found:
             raise ValueError(f"this is not an HLO instruction: {line[:200]!r}")
+        shapes, on_chip = _shapes(found["type"])
         instructions[found["name"]] = Instruction(
             name=found["name"],
             opcode=found["opcode"],
-            shapes=_shapes(found["type"]),
+            shapes=shapes,
             operands=tuple(re.findall(r"%([^\s,()]+)", found["literal"])),
             literal=found["literal"],
             attributes=found["attributes"] or "",
+            on_chip=on_chip,
         )
         root = found["name"] if found["root"] else root
     return Computation(name, instructions, instructions[root])
 
 
-def _shapes(text: str) -> tuple[Shape, ...]:
-    return tuple(
+def _shapes(text: str) -> tuple[tuple[Shape, ...], tuple[bool, ...]]:
+    """The arrays of a type, and whether each is in a memory of its own, such as {1,0:S(1)}."""
+    found = _SHAPE.findall(text)
+    shapes = tuple(
         Shape(dtype, tuple(int(dim.lstrip("<=")) for dim in dims.split(",") if dim))
-        for dtype, dims in _SHAPE.findall(text)
+        for dtype, dims, _ in found
     )
+    return shapes, tuple("S(" in layout for _, _, layout in found)
 
 
 # --- Loops: as much of an interpreter as it takes to count.

@@ -7,19 +7,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor")
 DATA_AXES = ("data", "fsdp")
 """Axes that share the rows of a batch."""
+PARAM_AXIS = "fsdp"
+"""Axis that shares parameters which are gathered where they are used."""
 VOCAB_AXIS = "tensor"
 """Axis that shares the columns of the LM heads."""
+HEAD_AXIS = "tensor"
+"""Axis that shares the heads of the attention."""
 
 RULES: dict[str, str | None] = {
     "layers": None,
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
+    "embed": PARAM_AXIS,
+    "heads": HEAD_AXIS,
+    "kv_heads": HEAD_AXIS,
     "head_width": None,
     "ffn": "tensor",
     "norm": None,
@@ -36,6 +41,9 @@ def make_mesh(
 ) -> Mesh:
     """A mesh with the axes `data`, `fsdp` and `tensor`.
 
+    Devices of several TPU slices, which are joined by the slower network of the data centre, are
+    ordered slice by slice: replicas of the model may be on different slices, parts of one are not.
+
     Args:
       data: replicas that share the batch; -1 takes what the other two leave.
       fsdp: devices that share the batch and the parameters.
@@ -43,7 +51,8 @@ def make_mesh(
       devices: default: all of them.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or the slices do not divide
+        the replicas.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [data, fsdp, tensor]
@@ -55,9 +64,20 @@ def make_mesh(
             f"mesh data={data} x fsdp={fsdp} x tensor={tensor} does not fit {len(devices)} "
             "devices: set one of them to -1"
         )
-    return jax.make_mesh(
-        tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices
-    )
+    axis_types = (AxisType.Auto,) * len(MESH_AXES)
+    # A single slice need not have an index, and on other platforms it says something else.
+    index = {getattr(device, "slice_index", 0) for device in devices}
+    slices = len(index) if devices[0].platform == "tpu" else 1
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=axis_types, devices=devices)
+    if sizes[0] % slices:
+        raise ValueError(
+            f"mesh data={sizes[0]} on {slices} slices: must be a multiple of their number, for "
+            "fsdp and tensor stay within a slice"
+        )
+    within, across = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
+    grid = create_hybrid_device_mesh(within, across, devices=devices)
+    return Mesh(grid, MESH_AXES, axis_types=axis_types)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -68,6 +88,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def data_shards(mesh: Mesh) -> int:
     """Number of shards that the rows of a batch are split into."""
     return math.prod(mesh.shape[axis] for axis in DATA_AXES)
+
+
+def row_axes(mesh: Mesh, rows: int) -> tuple[str, ...]:
+    """The axes, of more than one device, that share so many rows; none if they do not divide."""
+    axes = tuple(axis for axis in DATA_AXES if mesh.shape[axis] > 1)
+    return axes if rows % data_shards(mesh) == 0 else ()
 
 
 def param_shardings(mesh: Mesh, logical_axes: Any, abstract: Any) -> Any:

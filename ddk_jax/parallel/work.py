@@ -1,4 +1,4 @@
-"""The work in a compiled program, read from its HLO: FLOPs and collectives.
+"""The work in a compiled program, read from its HLO: FLOPs, bytes and collectives.
 
 The compiler's own cost analysis counts the body of a loop once; here it counts as often as it runs.
 Matrix products appear as `dot` on CPU and as `convolution` on TPU.
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ddk_jax.parallel.hlo import Computation, Instruction, Module, Shape, parse_hlo, trip_count
+from ddk_jax.parallel.traffic import traffic
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
@@ -28,8 +29,23 @@ class Collective:
     """Of the arrays, over all executions: of a gather what comes out, else what goes in."""
     wire_bytes: int
     """What the device sends, on a ring: of an all-reduce nearly twice the array."""
-    largest: Shape
-    """The largest of those arrays."""
+    sizes: Mapping[Shape, int]
+    """Executions by array, the largest array first."""
+
+    @property
+    def largest(self) -> Shape:
+        """The largest of the arrays."""
+        return next(iter(self.sizes))
+
+
+class Op(NamedTuple):
+    """One execution of an instruction that the device carries out as a whole, such as a fusion."""
+
+    flops: int
+    bytes: int
+    """To and from HBM."""
+    cycles: int
+    """Of the vector and matrix units, as the compiler estimates them; 0 where it does not."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +61,13 @@ class Work:
     """Executions of what HLO does not show, by target."""
     unknown_loops: int
     """Loops whose trip count was not found; they are counted as if they ran once."""
+    ops: Mapping[Op, int]
+    """Executions of every kind of operation, collectives left out."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes to and from HBM, collectives left out."""
+        return sum(op.bytes * count for op, count in self.ops.items())
 
 
 def read_work(text: str) -> Work:
@@ -64,17 +87,25 @@ def read_work(text: str) -> Work:
         collectives={kind: _collective(total.transfers, kind) for kind in sorted(kinds)},
         custom_calls=dict(sorted(total.custom_calls.items())),
         unknown_loops=total.unknown_loops,
+        ops=dict(total.ops),
     )
 
 
 def _collective(transfers: Mapping[_Transfer, int], kind: str) -> Collective:
     found = [(transfer, count) for transfer, count in transfers.items() if transfer.kind == kind]
+    sizes: Counter[Shape] = Counter()
+    for transfer, count in found:
+        for shape in transfer.shapes:
+            sizes[shape] += count
     return Collective(
         count=sum(count for _, count in found),
         bytes=sum(transfer.bytes * count for transfer, count in found),
         wire_bytes=sum(transfer.wire_bytes * count for transfer, count in found),
-        largest=max((s for transfer, _ in found for s in transfer.shapes), key=lambda s: s.bytes),
+        sizes=dict(sorted(sizes.items(), key=lambda item: -item[0].bytes)),
     )
+
+
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
 class _Transfer(NamedTuple):
@@ -104,10 +135,15 @@ class _Cost:
     flops: int = 0
     transfers: Counter[_Transfer] = field(default_factory=Counter)
     custom_calls: Counter[str] = field(default_factory=Counter)
+    ops: Counter[Op] = field(default_factory=Counter)
     unknown_loops: int = 0
 
-    def add(self, other: _Cost, times: int = 1) -> None:
+    def add(self, other: _Cost, times: int = 1, *, as_one: bool = False) -> None:
+        """Add executions of another computation; its operations too, unless they are one."""
         self.flops += other.flops * times
+        if not as_one:
+            for op, count in other.ops.items():
+                self.ops[op] += count * times
         for transfer, count in other.transfers.items():
             self.transfers[transfer] += count * times
         for target, count in other.custom_calls.items():
@@ -133,12 +169,15 @@ class _Costs:
         return self._known[name]
 
     def _add(self, total: _Cost, where: Computation, instruction: Instruction) -> None:
+        before = total.flops
         match instruction.opcode:
             case "dot":
                 total.flops += _dot_flops(where, instruction)
             case "convolution":
                 total.flops += _convolution_flops(where, instruction)
-            case "fusion" | "call" | "async-start":
+            case "fusion":
+                total.add(self.of(instruction.calls("calls")[0]), as_one=True)
+            case "call" | "async-start":
                 total.add(self.of(instruction.calls("calls", "to_apply")[0]))
             case "while":
                 trips = trip_count(self._module, where, instruction)
@@ -152,6 +191,12 @@ class _Costs:
                 total.custom_calls[instruction.attribute("custom_call_target").strip('"')] += 1
             case opcode if opcode.removesuffix("-start") in COLLECTIVES:
                 total.transfers[_transfer(self._module, where, instruction)] += 1
+                return
+        moved = traffic(self._module, where, instruction)
+        if moved or instruction.opcode in ("dot", "convolution", "fusion"):
+            cycles = _CYCLES.search(instruction.attributes)
+            op = Op(total.flops - before, moved, int(cycles[1]) if cycles else 0)
+            total.ops[op] += 1
 
 
 def _dot_flops(where: Computation, dot: Instruction) -> int:

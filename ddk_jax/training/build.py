@@ -51,6 +51,7 @@ from ddk_jax.training.state import (
     Batch,
     TrainState,
     initial_state,
+    local_rows,
     place_batch,
     state_shardings,
 )
@@ -356,6 +357,15 @@ class Job:
         """What the train step reads and does not change."""
         return Frozen(self.teachers.params, self.frozen_objective, self.start.base)
 
+    def weighed(self, domain_weights: np.ndarray | None) -> Frozen:
+        """The same, with weights [D] of the domains in the loss, if there are any."""
+        if domain_weights is None:
+            return self.frozen
+        rounded = domain_weights.astype(np.float32)
+        whole = replicated(self.mesh)
+        weights = jax.make_array_from_process_local_data(whole, rounded, rounded.shape)
+        return self.frozen._replace(domain_weights=weights)
+
     @cached_property
     def plan(self) -> ChunkPlan:
         """How the train step computes heads and losses."""
@@ -384,6 +394,7 @@ class Job:
             seed=self.config.run.seed,
             prefetch=train.prefetch_steps,
             finish=self.retokeniser,
+            places=local_rows(self.mesh, train.rows_per_step, self.micro_rows),
         )
 
     def place(self, host: HostBatch) -> Batch:

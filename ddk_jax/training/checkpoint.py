@@ -1,10 +1,9 @@
 """Checkpoints: the arrays of a run and one JSON tree, saved in the background, verified on restore.
 
-orbax writes each checkpoint under a temporary name and renames it when it is complete, so a killed
-save leaves no checkpoint at all. But it does not notice a flipped bit, and it reports a failed save
-only at the next one. This module adds a checksum for each array and for the JSON tree,
-`Checkpoints.poll` to learn of a failure at once, and the way back to the newest checkpoint that is
-still good.
+orbax writes each checkpoint so that a killed save leaves none at all. But it does not notice a
+flipped bit, and it reports a failed save only at the next one. This module adds a checksum for each
+array and for the JSON tree, `Checkpoints.poll` to learn of a failure at once, and the way back to
+the newest checkpoint that is still good.
 
     <directory>/<step>/arrays/       the arrays (orbax)
     <directory>/<step>/host/         the JSON tree and the checksums
@@ -17,32 +16,37 @@ import contextlib
 import hashlib
 import json
 import logging
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
-from jax.experimental import multihost_utils
-from jaxtyping import Array, PyTree, UInt32
+from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from ddk_jax.errors import StorageError, UserError
+from ddk_jax.parallel import processes
+from ddk_jax.training.bucket import AnyPath
+from ddk_jax.training.checkpoint_files import (
+    delete,
+    move_aside,
+    remove_leftovers,
+    saved_steps,
+    set_aside,
+    whole_path,
+)
+from ddk_jax.training.checksums import checksums
 
 _log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _FORMAT = 1
 _ARRAYS = "arrays"
 _HOST = "host"
-_TEMPORARY = ".orbax-checkpoint-tmp"
-_DELETED = ".deleted"
-_CORRUPT = ".corrupt"
-_GOLDEN_RATIO = 0x9E3779B9
-_UNSIGNED = {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint32}
 
 
 class Restored(NamedTuple):
@@ -77,11 +81,11 @@ class Checkpoints:
     multi-process run every process calls them in the same order.
     """
 
-    def __init__(self, directory: Path, *, keep: int) -> None:
+    def __init__(self, directory: AnyPath, *, keep: int) -> None:
         """Open `directory`, creating it if it does not exist.
 
         Args:
-            directory: where the checkpoints are; a local path or a mounted file system.
+            directory: where the checkpoints are: on a disk, a mounted file system, or in a bucket.
             keep: newest checkpoints that are kept; older ones are deleted after each save.
 
         Raises:
@@ -90,23 +94,25 @@ class Checkpoints:
         """
         if keep < 1:
             raise UserError(f"checkpoint.keep is {keep}: keep at least 1 checkpoint (better 2)")
-        self._directory = Path(directory).absolute()
+        self._directory = whole_path(directory)
         self._keep = keep
         self._context = _orbax_context()
         # One thread waits for orbax and then deletes old checkpoints, so saves never overlap.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Future[Saved]] | None = None
         self._finished: list[Saved] = []
+        processes.from_first(self._prepare)
+
+    def _prepare(self) -> None:
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            if jax.process_index() == 0:
-                _remove_leftovers(self._directory)
+            if isinstance(self._directory, Path):  # a bucket has no directories
+                self._directory.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(self._directory)
         except OSError as error:
             raise StorageError(
                 f"cannot prepare the checkpoint directory {self._directory}: {error}; "
                 "check its permissions and the free space"
             ) from error
-        multihost_utils.sync_global_devices("checkpoints_opened")
 
     def save(self, step: int, state: PyTree[jax.Array], host: dict[str, Any]) -> None:
         """Save a checkpoint in the background.
@@ -127,7 +133,7 @@ class Checkpoints:
         start = time.monotonic()
         self._collect(wait=True)
         final = self._directory / str(step)
-        if final.exists():
+        if processes.from_first(final.exists):
             raise UserError(f"{final} exists already: a step is saved once")
         arrays = _named_leaves(state)
         envelope = _seal(step, arrays, host)
@@ -172,11 +178,12 @@ class Checkpoints:
             StorageError: there are checkpoints, and none of them can be read.
         """
         restored, damaged = _read_newest(self._directory, abstract_state)
-        if jax.process_index() == 0:
-            for step in damaged:
-                _move_aside(self._directory / str(step))
-        multihost_utils.sync_global_devices("checkpoints_restored")
+        processes.from_first(lambda: self._move_aside(damaged))
         return restored
+
+    def _move_aside(self, steps: Sequence[int]) -> None:
+        for step in steps:
+            move_aside(self._directory / str(step))
 
     def close(self) -> None:
         """Wait for the running save and end the background thread.
@@ -224,17 +231,17 @@ class Checkpoints:
         """Background thread: wait for the save, then delete the checkpoints that are too old."""
         result()
         saved = Saved(step, time.monotonic() - start)
-        if jax.process_index() == 0:
-            for old in _steps(self._directory)[self._keep :]:
-                _delete(self._directory / str(old))
+        if processes.is_first():
+            for old in saved_steps(self._directory)[self._keep :]:
+                delete(self._directory / str(old))
         return saved
 
     def _failure(self, step: int, error: Exception) -> StorageError:
         """Free what the failed save wrote, and say what happened and what to do."""
-        if jax.process_index() == 0:
-            with contextlib.suppress(OSError):
-                _remove_leftovers(self._directory)
-        steps = _steps(self._directory)
+        with contextlib.suppress(OSError, StorageError):
+            if processes.is_first():
+                remove_leftovers(self._directory)
+        steps = saved_steps(self._directory)
         last = f"checkpoint {steps[0]} is intact" if steps else "there is no earlier checkpoint"
         return StorageError(
             f"saving checkpoint {step} in {self._directory} failed: {_reason(error)}; {last}. "
@@ -242,60 +249,14 @@ class Checkpoints:
         )
 
 
-def read_latest(directory: Path, abstract_state: PyTree[jax.ShapeDtypeStruct]) -> Restored | None:
+def read_latest(
+    directory: AnyPath, abstract_state: PyTree[jax.ShapeDtypeStruct]
+) -> Restored | None:
     """Read the newest checkpoint that is good, changing nothing in `directory`.
 
     Arguments, result and errors are those of `Checkpoints.restore_latest`.
     """
-    return _read_newest(Path(directory).absolute(), abstract_state)[0]
-
-
-def checksum(array: jax.Array) -> UInt32[Array, ""]:
-    """Return a 32-bit checksum of an array's bits and their places.
-
-    It is the sum, modulo 2**32, of a hash of (bits, index in the whole array) over the elements.
-    Addition of integers has no order, so the value is the same however the array is sharded, and
-    each device reads only its own shards. A change of one element always changes it, since the hash
-    is one-to-one in the bits; any other damage escapes with a chance of 2**-32.
-
-    Args:
-        array: any shape; floating, integer, boolean or typed PRNG key.
-
-    Raises:
-        UserError: the type is complex or narrower than a byte.
-    """
-    if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-        array = jax.random.key_data(array)
-    if array.dtype != jnp.bool_ and _bits(array.dtype) not in _UNSIGNED:
-        raise UserError(f"a checkpoint cannot hold {array.dtype}: save it as plain numbers")
-    return _checksum(array)
-
-
-@jax.jit
-def _checksum(array: jax.Array) -> UInt32[Array, ""]:
-    if array.dtype == jnp.bool_:
-        array = array.astype(jnp.uint8)
-    # An 8-byte element becomes two words, along a new last axis.
-    words = jax.lax.bitcast_convert_type(array, _UNSIGNED[_bits(array.dtype)]).astype(jnp.uint32)
-    index = jnp.full(words.shape, _GOLDEN_RATIO, jnp.uint32)
-    stride = 1
-    # The index is made of iotas and not of a flat range: no reshape, so each shard stays in place.
-    for axis in reversed(range(words.ndim)):
-        place = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        index += place * jnp.uint32(stride % 2**32)
-        stride *= words.shape[axis]
-    return jnp.sum(_mix(words ^ _mix(index)), dtype=jnp.uint32)
-
-
-def _bits(dtype: jax.typing.DTypeLike) -> int:
-    return 0 if jnp.issubdtype(dtype, jnp.complexfloating) else jax.dtypes.itemsize_bits(dtype)
-
-
-def _mix(value: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """Spread every bit of a 32-bit word over the word, one-to-one (MurmurHash3's finaliser)."""
-    value = (value ^ (value >> jnp.uint32(16))) * jnp.uint32(0x85EBCA6B)
-    value = (value ^ (value >> jnp.uint32(13))) * jnp.uint32(0xC2B2AE35)
-    return value ^ (value >> jnp.uint32(16))
+    return _read_newest(whole_path(directory), abstract_state)[0]
 
 
 def _orbax_context() -> ocp.Context:
@@ -305,6 +266,15 @@ def _orbax_context() -> ocp.Context:
     registry.add(ocp.handlers.JsonHandler, checkpointable_name=_HOST)
     registry.add(ocp.handlers.PyTreeHandler, checkpointable_name=_ARRAYS)
     context.checkpointables.registry = registry
+    return context
+
+
+def _reading_context() -> ocp.Context:
+    """Without orbax's own barriers: where one process fails, the others would wait in them."""
+    context = _orbax_context()
+    if processes.count() > 1:
+        context.multiprocessing.primary_host = processes.index()
+        context.multiprocessing.active_processes = {processes.index()}
     return context
 
 
@@ -326,7 +296,7 @@ def _seal(step: int, arrays: dict[str, jax.Array], host: dict[str, Any]) -> dict
         "format": _FORMAT,
         "step": step,
         "leaves": {name: _describe(array) for name, array in arrays.items()},
-        "checksums": _checksums(arrays),
+        "checksums": checksums(arrays),
         "host": host,
     }
     try:
@@ -335,12 +305,6 @@ def _seal(step: int, arrays: dict[str, jax.Array], host: dict[str, Any]) -> dict
         return {"sha256": _digest(body), "body": body}
     except (TypeError, ValueError) as error:
         raise UserError(f"the host tree of checkpoint {step} is not JSON: {error}") from error
-
-
-def _checksums(arrays: dict[str, jax.Array]) -> dict[str, int]:
-    # One after the other: several independent programs with collectives in flight can lock each
-    # other out of the threads of simulated CPU devices, for ever.
-    return {name: int(checksum(array)) for name, array in arrays.items()}
 
 
 def _unseal(envelope: Any) -> dict[str, Any]:
@@ -355,10 +319,10 @@ def _digest(body: dict[str, Any]) -> str:
 
 
 def _read_newest(
-    directory: Path, abstract_state: PyTree[jax.ShapeDtypeStruct]
+    directory: AnyPath, abstract_state: PyTree[jax.ShapeDtypeStruct]
 ) -> tuple[Restored | None, list[int]]:
     """Return the newest good checkpoint and the steps of the damaged ones that are newer."""
-    steps = _steps(directory)
+    steps = processes.from_first(lambda: saved_steps(directory))
     damaged: list[int] = []
     for step in steps:
         try:
@@ -368,7 +332,7 @@ def _read_newest(
             older = steps[len(damaged) :]
             then = f"trying checkpoint {older[0]} instead" if older else "there is no older one"
             _log.warning("checkpoint %d in %s cannot be used: %s; %s", step, directory, error, then)
-    aside = sorted(path.name for path in directory.glob(f"*{_CORRUPT}*"))
+    aside = processes.from_first(lambda: set_aside(directory))
     found = [str(step) for step in damaged] + aside
     if found:
         raise StorageError(
@@ -378,14 +342,14 @@ def _read_newest(
     return None, []
 
 
-def _read(path: Path, step: int, abstract_state: PyTree[jax.ShapeDtypeStruct]) -> Restored:
+def _read(path: AnyPath, step: int, abstract_state: PyTree[jax.ShapeDtypeStruct]) -> Restored:
     """Read and verify one checkpoint.
 
     Raises:
         _DamagedError: it cannot be read, or something in it is not what was saved.
         UserError: it is good, but holds another structure.
     """
-    body = _unseal(_load(path, _HOST, None))
+    body = _found_by_all(lambda: _unseal(_load(path, _HOST, None)))
     if body["format"] != _FORMAT:
         raise UserError(
             f"checkpoint {path} has format {body['format']}, and this version of ddk_jax reads "
@@ -395,8 +359,8 @@ def _read(path: Path, step: int, abstract_state: PyTree[jax.ShapeDtypeStruct]) -
         raise _DamagedError(f"it was saved as checkpoint {body['step']}")
     targets = {name: _placed(leaf) for name, leaf in _named_leaves(abstract_state).items()}
     _check_structure(path, body["leaves"], targets)
-    arrays = _load(path, _ARRAYS, targets)
-    found = _checksums({name: arrays[name] for name in targets})
+    arrays = _found_by_all(lambda: _load(path, _ARRAYS, targets))
+    found = checksums({name: arrays[name] for name in targets})
     wrong = [name for name in targets if found[name] != body["checksums"][name]]
     if wrong:
         raise _DamagedError(f"the checksum of {_some(wrong)} does not match")
@@ -404,9 +368,26 @@ def _read(path: Path, step: int, abstract_state: PyTree[jax.ShapeDtypeStruct]) -
     return Restored(step, treedef.unflatten(arrays[name] for name in targets), body["host"])
 
 
-def _load(path: Path, name: str, target: dict[str, jax.ShapeDtypeStruct] | None) -> Any:
+def _found_by_all(read: Callable[[], T]) -> T:
+    """What `read` gives, in every process; damage that one of them meets stops all.
+
+    A process reads the part of its own devices only. One load at a time: orbax counts them, and the
+    processes of a later save must agree on its number.
+    """
+    made: list[T] = []
+    damage = ""
     try:
-        with _orbax_context():
+        made.append(read())
+    except _DamagedError as error:
+        damage = str(error) or "it cannot be read"
+    if found := [each for each in processes.gather(damage) if each]:
+        raise _DamagedError(found[0])
+    return made[0]
+
+
+def _load(path: AnyPath, name: str, target: dict[str, jax.ShapeDtypeStruct] | None) -> Any:
+    try:
+        with _reading_context():
             return ocp.load_checkpointables(str(path), {name: target})[name]
     # Damaged files surface as almost any exception, from several libraries.
     except Exception as error:
@@ -424,7 +405,7 @@ def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def _check_structure(
-    path: Path, saved: dict[str, str], targets: dict[str, jax.ShapeDtypeStruct]
+    path: AnyPath, saved: dict[str, str], targets: dict[str, jax.ShapeDtypeStruct]
 ) -> None:
     expected = {name: _describe(leaf) for name, leaf in targets.items()}
     differences = [
@@ -438,42 +419,6 @@ def _check_structure(
             f"checkpoint {path} does not fit this configuration: {_some(differences, '; ')}. "
             "Use the models and the optimiser that it was saved with, or another run directory"
         )
-
-
-def _steps(directory: Path) -> list[int]:
-    """Return the steps of the complete checkpoints, newest first."""
-    if not directory.is_dir():
-        return []
-    names = (path.name for path in directory.iterdir())
-    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
-
-
-def _move_aside(path: Path) -> None:
-    number, target = 1, path.with_name(path.name + _CORRUPT)
-    while target.exists():
-        number += 1
-        target = path.with_name(f"{path.name}{_CORRUPT}{number}")
-    try:
-        path.rename(target)
-    except OSError as error:
-        raise StorageError(f"cannot rename the damaged checkpoint {path}: {error}") from error
-    _log.warning("the damaged checkpoint %s is now %s; it may be deleted", path, target.name)
-
-
-def _delete(path: Path) -> None:
-    """Delete a checkpoint so that a kill half way leaves no half of a checkpoint."""
-    doomed = path.with_name(path.name + _DELETED)
-    try:
-        path.rename(doomed)
-        shutil.rmtree(doomed)
-    except OSError as error:
-        _log.warning("the old checkpoint %s could not be deleted: %s", path, error)
-
-
-def _remove_leftovers(directory: Path) -> None:
-    for path in directory.iterdir():
-        if _TEMPORARY in path.name or path.name.endswith(_DELETED):
-            shutil.rmtree(path)
 
 
 def _root(error: BaseException) -> BaseException:

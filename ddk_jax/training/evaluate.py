@@ -22,8 +22,9 @@ from ddk_jax.data.rows import DomainRows, HostBatch, predicted_tokens, validatio
 from ddk_jax.losses.chunked import ChunkPlan
 from ddk_jax.losses.objective import Objective
 from ddk_jax.models.decoder import Decoder
+from ddk_jax.parallel import processes
 from ddk_jax.training.micro import Frozen, MicroLoss, Teachers
-from ddk_jax.training.state import Batch, place_batch
+from ddk_jax.training.state import Batch, local_rows, place_batch
 from ddk_jax.training.step import EvalStep, make_comparison_step, make_eval_step
 
 _log = logging.getLogger(__name__)
@@ -73,7 +74,8 @@ class Validation:
           tokens: makes the rows of a model with tokens of its own. All its nats of a text are then
             divided by the tokens of ours, so that the result compares with that of other models.
         """
-        batches = (self._placed(host, tokens) for host in self._batches())
+        mine = local_rows(self.mesh, self.batch_rows, self.batch_rows)
+        batches = (self._placed(host, tokens) for host in self._batches(mine))
         found = measure(self._step(models, params, tokens), params, batches, len(self.rows))
         if tokens is None:
             return found
@@ -101,15 +103,15 @@ class Validation:
         step = make_comparison_step(loss, num_domains=len(self.rows))
         params, frozen = {"student": student_params, "objective": {}}, Frozen((teacher_params,))
         total, count = np.zeros((2, len(terms), len(self.rows)))
-        for host in self._batches():
+        for host in self._batches(local_rows(self.mesh, self.batch_rows, self.batch_rows)):
             sums = jax.device_get(step(params, frozen, self._placed(host, None)))
             total += sums.total
             count += sums.count
         return total, count
 
-    def _batches(self) -> Iterator[HostBatch]:
+    def _batches(self, places: np.ndarray | None = None) -> Iterator[HostBatch]:
         for rows in self.rows:
-            yield from validation_batches(rows, self.rows_per_domain, self.batch_rows)
+            yield from validation_batches(rows, self.rows_per_domain, self.batch_rows, places)
 
     def _placed(self, host: HostBatch, tokens: Retokeniser | None) -> Batch:
         if tokens is not None and (made := tokens(host).teacher) is not None:
@@ -139,6 +141,7 @@ def cached(directory: Path, key: dict[str, Any], compute: Callable[[], DomainNat
     """`compute()`, or what an earlier call with the same key stored in `directory`.
 
     Teacher and validation rows are frozen, so all runs over one prepared corpus share the result.
+    Of several processes the first one looks and stores; all or none of them compute.
 
     Args:
       directory: where results are kept, one JSON file each.
@@ -147,22 +150,32 @@ def cached(directory: Path, key: dict[str, Any], compute: Callable[[], DomainNat
     """
     canonical = json.dumps(key, sort_keys=True)
     path = directory / f"{hashlib.sha256(canonical.encode()).hexdigest()[:16]}.json"
+    if (stored := processes.from_first(lambda: _stored(path, canonical))) is not None:
+        nats, tokens = (np.array(values, np.float64) for values in stored)
+        return DomainNats(nats, tokens)
+    result = compute()
+    if np.all(np.isfinite(result.nats)) and processes.is_first():
+        _store(path, {"key": key, "nats": result.nats.tolist(), "tokens": result.tokens.tolist()})
+    return result
+
+
+def _stored(path: Path, canonical: str) -> list[list[float]] | None:
+    """Nats and tokens, if they are there."""
     try:
         stored = json.loads(path.read_text())
         # As text: a key's tuples come back from JSON as lists.
         if json.dumps(stored["key"], sort_keys=True) == canonical:
-            nats, tokens = (np.array(stored[x], np.float64) for x in ("nats", "tokens"))
-            return DomainNats(nats, tokens)
+            return [np.array(stored[x], np.float64).tolist() for x in ("nats", "tokens")]
     except (OSError, ValueError, KeyError, TypeError):
         pass  # absent or torn: measure again
-    result = compute()
-    if np.all(np.isfinite(result.nats)):
-        stored = {"key": key, "nats": result.nats.tolist(), "tokens": result.tokens.tolist()}
-        partial = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(stored, indent=1))
-            partial.replace(path)
-        except OSError as error:  # a read-only corpus: the next run measures again
-            _log.warning("%s: the measurement cannot be kept (%s)", directory, error.strerror)
-    return result
+    return None
+
+
+def _store(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(content, indent=1))
+        partial.replace(path)
+    except OSError as error:  # a read-only corpus: the next run measures again
+        _log.warning("%s: the measurement cannot be kept (%s)", path.parent, error.strerror)

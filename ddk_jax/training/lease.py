@@ -33,6 +33,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
+from etils import epath
+
 from ddk_jax.errors import RunHeldError, StorageError
 
 _log = logging.getLogger(__name__)
@@ -96,7 +98,7 @@ class RunLease:
         if holder is None or holder.token != self._token or not _is_at(self._file, self._path):
             now = _read_path(self._path)
             raise RunHeldError(
-                f"this process lost the run directory {self._path.parent} to {_describe(now)}, and "
+                f"this process lost the run directory {self._path.parent} to {describe(now)}, and "
                 "stops without writing any more"
             )
 
@@ -137,21 +139,21 @@ class RunLease:
         assert self._file is not None
         try:
             previous = _read(self._file)
-            ours = _new_holder(kernel_lock=locked)
+            ours = new_holder(kernel_lock=locked)
             decided = locked and (
                 previous is None or (previous.machine == ours.machine and previous.kernel_lock)
             )
             if previous is not None:
                 if not decided:
                     self._outwait(self._file, previous)
-                _log.warning("taking %s over from %s", self._path, _describe(previous))
+                _log.warning("taking %s over from %s", self._path, describe(previous))
             self._token = ours.token
             _write(self._file, ours)
             if not decided:
                 time.sleep(SETTLE_SECONDS)
                 last = _read_path(self._path)
                 if last is None or last.token != ours.token:
-                    raise _held_by(self._path, last)
+                    raise held_by(self._path, last)
         except BaseException:
             self._close()
             raise
@@ -162,13 +164,13 @@ class RunLease:
         if (left := STALE_SECONDS - _age(file, self._path.parent)) > 0:
             _log.warning(
                 "the run directory was held by %s; waiting up to %.0f seconds for a sign of life",
-                _describe(holder),
+                describe(holder),
                 left,
             )
         while (left := STALE_SECONDS - _age(file, self._path.parent)) > 0:
             time.sleep(min(_POLL_SECONDS, left))
             if os.fstat(file).st_mtime != beat or not _is_at(file, self._path):
-                raise _held_by(self._path, holder)
+                raise held_by(self._path, holder)
 
     def _open(self) -> bool:
         """Open the lock file and lock it; return whether the file system has kernel locks."""
@@ -179,7 +181,7 @@ class RunLease:
             except BlockingIOError as error:
                 holder = _read(self._file)
                 self._close()
-                raise _held_by(self._path, holder) from error
+                raise held_by(self._path, holder) from error
             except OSError:
                 self._close()
                 raise
@@ -238,7 +240,8 @@ def _kernel_lock(file: int) -> bool:
     return True
 
 
-def _new_holder(*, kernel_lock: bool) -> Holder:
+def new_holder(*, kernel_lock: bool) -> Holder:
+    """The record of this process, with a new token."""
     return Holder(
         host=socket.gethostname(),
         machine=_machine(),
@@ -296,14 +299,16 @@ def _age(file: int, directory: Path) -> float:
         return os.fstat(probe.fileno()).st_mtime - os.fstat(file).st_mtime
 
 
-def _describe(holder: Holder | None) -> str:
+def describe(holder: Holder | None) -> str:
+    """Who holds a run, for a message."""
     if holder is None:
         return "another process"
     return f"process {holder.pid} on {holder.host} (since {holder.since})"
 
 
-def _held_by(path: Path, holder: Holder | None) -> RunHeldError:
+def held_by(path: Path | epath.Path, holder: Holder | None) -> RunHeldError:
+    """The error of a process that finds the record of another one at `path`."""
     return RunHeldError(
-        f"the run directory {path.parent} is held by {_describe(holder)}: wait for it, stop it, or "
+        f"the run directory {path.parent} is held by {describe(holder)}: wait for it, stop it, or "
         "choose another run.dir"
     )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from ddk_jax.config import (
     Config,
@@ -23,9 +24,11 @@ from ddk_jax.data.shards import TOKENIZER, Manifest
 from ddk_jax.data.tokenize import Tokenizer, same_tokens
 from ddk_jax.errors import UserError
 from ddk_jax.losses.objective import crosses_vocabularies
-from ddk_jax.models import hf
+from ddk_jax.models import families, hf
 from ddk_jax.models.decoder import Decoder
 from ddk_jax.models.hub import Resolved, resolve
+from ddk_jax.models.load import Become, at
+from ddk_jax.models.quantise import is_quantised, quantised, quantised_shapes
 from ddk_jax.models.spec import ModelSpec
 from ddk_jax.parallel.mesh import param_shardings
 from ddk_jax.plain import suggest
@@ -67,16 +70,56 @@ def load_model(
       mesh: where to.
       revision: commit or tag of a hub repository.
       dtype: type of the activations.
-      params_dtype: type that the parameters are held in.
+      params_dtype: type that the parameters are held in. int8: that of the layers' matrices, which
+        are quantised one by one; the others have the type of the activations.
     """
     origin = resolve(path, revision)
-    decoder = Decoder(spec=hf.read_spec(origin.directory), dtype=dtype)
-    shardings = param_shardings(mesh, decoder.logical_axes(), decoder.abstract())
-    params = read_params(origin, decoder.spec, dtype=params_dtype, shardings=shardings)
+    decoder = Decoder(spec=hf.read_spec(origin.directory), dtype=dtype, mesh=mesh)
+    axes, shapes = decoder.logical_axes(), decoder.abstract()
+    shardings, become = param_shardings(mesh, axes, shapes), None
+    if params_dtype == jnp.int8:
+        params_dtype, become = dtype, _quantiser(axes, _quantised_shardings(mesh, axes, shapes))
+    params = read_params(
+        origin, decoder.spec, dtype=params_dtype, shardings=shardings, become=become
+    )
     return Loaded(decoder=decoder, params=params, origin=origin)
 
 
-def read_params(origin: Resolved, spec: ModelSpec, *, dtype: Any, shardings: Any) -> Any:
+def abstract_params(decoder: Decoder, mesh: Mesh, params_dtype: Any) -> Any:
+    """Shapes, types and shardings of what `load_model` reads."""
+    axes, shapes = decoder.logical_axes(), decoder.abstract()
+    is_int8 = params_dtype == jnp.int8
+    dtype = decoder.dtype if is_int8 else params_dtype
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+    if is_int8:
+        shapes, axes = quantised_shapes(shapes, axes)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        param_shardings(mesh, axes, shapes),
+    )
+
+
+def _quantised_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
+    shapes, axes = quantised_shapes(shapes, axes)
+    return param_shardings(mesh, axes, shapes)
+
+
+def _quantiser(axes: Any, shardings: Any) -> Become:
+    """What makes matrices 8-bit ones, each on the devices that hold it."""
+
+    def become(path: tuple[str, ...], value: Array) -> Any:
+        if not is_quantised(path):
+            return value
+        names, places = at(axes, path), at(shardings, path)
+        return jax.jit(partial(quantised, names=names), out_shardings=places)(value)
+
+    return become
+
+
+def read_params(
+    origin: Resolved, spec: ModelSpec, *, dtype: Any, shardings: Any, become: Become | None = None
+) -> Any:
     """Read a model's parameters, and show how far it is where that takes long.
 
     Args:
@@ -84,10 +127,18 @@ def read_params(origin: Resolved, spec: ModelSpec, *, dtype: Any, shardings: Any
       spec: as `hf.read_spec` returned it.
       dtype: type of the parameters.
       shardings: a sharding in the place of every one.
+      become: as for `hf.load`.
     """
     directory = origin.fetch()
     with TransferLine(str(origin)) as line:
-        return hf.load(directory, spec=spec, dtype=dtype, shardings=shardings, progress=line.update)
+        return hf.load(
+            directory,
+            spec=spec,
+            dtype=dtype,
+            shardings=shardings,
+            progress=line.update,
+            become=become,
+        )
 
 
 @dataclass(frozen=True)
@@ -116,7 +167,7 @@ class TeacherSet:
         """Shapes; cheap, for the weights are not read."""
         found = []
         for teacher in self._configs:
-            found.append(hf.read_spec(resolve(teacher.path, teacher.revision).directory))
+            found.append(read_shape(teacher, "teacher"))
             check_tokens(self.config, self.manifest, teacher, "teacher", found[-1])
         return tuple(found)
 
@@ -179,6 +230,43 @@ class TeacherSet:
         mixed = [[teacher.digest for teacher in self.loaded], self.weights.tolist()]
         mixed.append([self.config.teacher.by_confidence])
         return hashlib.sha256(repr(mixed).encode()).hexdigest()
+
+
+def read_shape(
+    model: TeacherConfig | OtherTeacherConfig | StudentConfig, who: Literal["student", "teacher"]
+) -> ModelSpec:
+    """The shape of a model, out of its files.
+
+    Raises:
+      UserError: the config says that it is another one.
+    """
+    found = hf.read_spec(resolve(model.path, model.revision).directory)
+    if model.spec is None or not model.spec.hidden_size:
+        return found
+    check_complete(model.spec, f"{who}.spec")
+    said = replace(model.spec, vocab_size=model.spec.vocab_size or found.vocab_size)
+    ours, theirs = (asdict(families.canonical(spec)) for spec in (said, found))
+    if ours != theirs:
+        differ = (f"{n} = {v}, not {ours[n]}" for n, v in theirs.items() if v != ours[n])
+        raise UserError(
+            f"the {who} ({model.path}) has {', '.join(differ)}, which {who}.spec says: correct it"
+        )
+    return found
+
+
+def check_complete(spec: ModelSpec, field: str) -> None:
+    """Refuse a shape that lacks a size.
+
+    Args:
+      spec: the shape.
+      field: where the config has it, for the message.
+    """
+    for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_size"):
+        if not getattr(spec, name):
+            raise UserError(
+                f"{field}.{name} is missing: describe the model, or set "
+                f"{field.removesuffix('spec')}path to a model directory"
+            )
 
 
 def data_tokenizer(config: Config) -> Tokenizer:

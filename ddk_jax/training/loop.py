@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from ddk_jax.config import Config, resolve_path
-from ddk_jax.data.rows import predicted_tokens
+from ddk_jax.config import Config
 from ddk_jax.errors import DivergedError, UserError
 from ddk_jax.mixture.gaps import discrepancy
+from ddk_jax.parallel import processes
+from ddk_jax.training.bucket import RunFiles, run_lease, run_place
 from ddk_jax.training.build import Job
 from ddk_jax.training.checkpoint import Checkpoints, Saved
 from ddk_jax.training.evaluate import DomainNats
-from ddk_jax.training.lease import RunLease
 from ddk_jax.training.metrics import (
     CheckpointEvent,
     EvaluationEvent,
@@ -71,23 +73,41 @@ def train(config: Config) -> RunSummary:
     Killed at any moment and called again, it ends with the same bits as without the interruption.
     Called again after the end, it returns the same summary and trains no more.
 
+    Several processes (`ddk_jax.parallel.processes`) all call this. They compute together; the first
+    one decides, and is the only one that writes anything but its part of a checkpoint.
+
     Raises:
       UserError and its kinds (`ddk_jax.errors`): each with its exit code.
     """
-    run_dir = resolve_path(config.run.dir)
-    with RunLease(run_dir) as lease, log_file(run_dir / "log.txt"), Preemption() as preemption:
-        if (finished := _read_summary(run_dir, config)) is not None:
+    processes.join()
+    place = run_place(config.run.dir)
+    lease = run_lease(place) if processes.is_first() else None
+    with (
+        processes.together(),
+        lease or nullcontext(),
+        RunFiles(place) as files,
+        log_file(files.directory / "log.txt" if lease else None),
+        Preemption() as preemption,
+    ):
+        if len(set(processes.gather(config.digest()))) > 1:
+            raise UserError(
+                "the processes of this run have different settings: start all of them with the "
+                "same command and the same config"
+            )
+        if (finished := _read_summary(files.directory, config)) is not None:
             _log.info("event=end step=%d: finished before", finished.steps)
             return finished
         job = Job(config)
-        job.check()
-        open_run(config, run_dir, job.commits())
+        with processes.first_goes_first():
+            job.check()
+        processes.from_first(lambda: open_run(config, files.directory, job.commits(), place))
+        files.push()
         with (
-            Checkpoints(run_dir / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
-            _Run(job, run_dir, checkpoints) as run,
+            Checkpoints(place / "checkpoints", keep=config.checkpoint.keep) as checkpoints,
+            _Run(job, files, checkpoints) as run,
         ):
             run.start()
-            while (stop := run.stop_reason()) is None and not preemption.requested:
+            while (stop := run.stop_reason()) is None and not preemption.requested():
                 run.one_step()
                 if run.step % config.mixture.interval_steps == 0:  # once in an interval
                     run.evaluate()
@@ -95,27 +115,36 @@ def train(config: Config) -> RunSummary:
                         run.steer()
                 every = config.checkpoint.every_steps
                 if every and run.step % every == 0 and run.stop_reason() is None:
-                    lease.check()  # once in a while
+                    if lease:
+                        lease.check()  # once in a while
                     run.save()
             if stop is None:
                 _log.warning("told to stop: saving step %d", run.step)
             else:
                 run.evaluate()
-            lease.check()
+            if lease:
+                lease.check()
             run.save()
             summary = run.summary(stop or "preempted")
-        if stop is not None:
-            write_whole(run_dir / SUMMARY, json.dumps(to_json(summary), indent=1) + "\n")
+        if stop is not None and lease:
+            write_whole(files.directory / SUMMARY, json.dumps(to_json(summary), indent=1) + "\n")
         _log.info("event=end step=%d reason=%s", summary.steps, summary.stop_reason)
         return summary
 
 
 def _read_summary(run_dir: Path, config: Config) -> RunSummary | None:
     """The summary of a finished run of this very config, if that is what the directory holds."""
+
+    def read() -> Any:
+        try:
+            return json.loads((run_dir / SUMMARY).read_text())
+        except (OSError, ValueError):
+            return None
+
     try:
-        tree = json.loads((run_dir / SUMMARY).read_text())
+        tree = processes.from_first(read)
         summary = RunSummary(**tree | {"domains": tuple(tree["domains"])})
-    except (OSError, ValueError, TypeError, KeyError):
+    except (TypeError, KeyError):
         return None
     return summary if summary.config_digest == config.digest() else None
 
@@ -123,13 +152,14 @@ def _read_summary(run_dir: Path, config: Config) -> RunSummary | None:
 class _Run:
     """What the loop changes, and the actions that change it."""
 
-    def __init__(self, job: Job, run_dir: Path, checkpoints: Checkpoints) -> None:
-        self.job, self.config, self.run_dir = job, job.config, run_dir
+    def __init__(self, job: Job, files: RunFiles, checkpoints: Checkpoints) -> None:
+        self.job, self.config, self.files = job, job.config, files
         self.checkpoints = checkpoints
         self.step = 0
         self.tokens_per_domain = np.zeros(len(job.domains), np.int64)
         self.before: list[float | None] = []
         self.measured: tuple[int, DomainNats] | None = None
+        self.gap = math.nan
         self._pending: _Pending | None = None
         self.waited = 0.0
         self._saved_step = -1
@@ -151,11 +181,13 @@ class _Run:
         self.train_step = job.train_step()
         self.schedule = learning_rate(config.optim, config.train.steps)
         self.steering = job.steering(self.teacher_nats)
-        self.pipeline = job.pipeline(self.steering.weights)
+        weights = processes.from_first(self.steering.weights.tolist)
+        self.pipeline = job.pipeline(np.array(weights))
 
         restored = self.checkpoints.restore_latest(job.abstract_state())
-        truncate_after(self.run_dir / "metrics.jsonl", restored.step if restored else -1)
-        self.metrics = MetricsWriter(self.run_dir / "metrics.jsonl")
+        lines, last = self.files.directory / "metrics.jsonl", restored.step if restored else -1
+        processes.from_first(lambda: truncate_after(lines, last))
+        self.metrics = MetricsWriter(lines if processes.is_first() else None)
         if restored is None:
             self.state: TrainState = job.initial_state()
             self.evaluate()
@@ -174,6 +206,7 @@ class _Run:
             steps=config.train.steps,
             first_step=self.step,
             log_every_steps=config.run.log_every_steps,
+            shown=processes.is_first(),
         )
 
     def one_step(self) -> None:
@@ -182,13 +215,15 @@ class _Run:
         host, _ = next(self.pipeline)
         self.waited += time.monotonic() - waiting
         batch = self.job.place(host)
-        self.state, sums = self.train_step(self.state, self.job.frozen, batch)
+        loss_weights = None
+        if self.steering.loss_weights is not None:
+            self._report()  # these weights follow from the step before
+            said = processes.from_first(lambda: to_json(self.steering.loss_weights))
+            loss_weights = np.array(said)
+        self.state, sums = self.train_step(self.state, self.job.weighed(loss_weights), batch)
         self.step += 1
-        self.tokens_per_domain = self.tokens_per_domain + predicted_tokens(
-            host, len(self.job.domains)
-        )
         self._report()
-        self._pending = _Pending(self.step, sums, self.tokens_per_domain)
+        self._pending = _Pending(self.step, sums)
         for saved in self.checkpoints.poll():
             self._saved(saved)
 
@@ -201,7 +236,7 @@ class _Run:
         student = self.job.start.whole(self.state.params["student"])
         nats = self.job.measure(self.job.student, student)
         self.before = self.before or to_json(nats.nats)
-        self.measured = self.step, nats
+        self._take(self.step, nats)
         teacher = self.teacher_nats
         self.metrics.write(
             EvaluationEvent(
@@ -214,28 +249,42 @@ class _Run:
                 timing=Timing(seconds=time.monotonic() - start),
             )
         )
-        gap = "" if teacher is None else f" gap={discrepancy(nats.nats, teacher.nats):.4f}"
+        gap = "" if teacher is None else f" gap={self.gap:.4f}"
         _log.info("event=evaluation step=%d nats=%.4f%s", self.step, nats.nats.mean(), gap)
         self.clock = time.monotonic()  # not part of the next step
 
+    def _take(self, step: int, nats: DomainNats) -> None:
+        """Remember a measurement, and how far it is from the teacher's: all processes alike."""
+        self.measured = step, nats
+        if (teacher := self.teacher_nats) is not None:
+            self.gap = processes.from_first(lambda: discrepancy(nats.nats, teacher.nats))
+
     def steer(self) -> None:
         """Turn what was measured into weights, from the next row on."""
-        assert self.measured is not None
         self._report()
+        start_row, weights, state = processes.from_first(self._decided)
+        if not processes.is_first():
+            self.steering.restore(state)
+        self.pipeline.set_weights(np.array(weights), start_row)
+        domains = self.job.domains
+        for name, times in zip(domains, self.pipeline.epochs(), strict=True):
+            if times >= self._said_epochs.get(name, 0) + 1:
+                self._said_epochs[name] = int(times)
+                _log.info("event=epoch domain=%s gone_through=%.1f", name, times)
+        shares = " ".join(f"{n}={w:.3f}" for n, w in zip(domains, weights, strict=True))
+        _log.info("event=mixture step=%d start_row=%d %s", self.step, start_row, shares)
+
+    def _decided(self) -> tuple[int, list[float], dict[str, Any]]:
+        """First row and weights of the next interval, and the state of the steering after it."""
+        assert self.measured is not None
         event = self.steering.decide(self.step, self.measured[1].nats, self.tokens_per_domain)
         start_row = int(event.start_row)
         # What the controller wants, as far as the limits of the domains allow.
         weights = self.pipeline.within_epochs(
             self.steering.weights, start_row, self._rows_until_steered, self._max_epochs
         )
-        self.pipeline.set_weights(weights, start_row)
         self.metrics.write(replace(event, weights=weights))
-        for name, times in zip(event.domains, self.pipeline.epochs(), strict=True):
-            if times >= self._said_epochs.get(name, 0) + 1:
-                self._said_epochs[name] = int(times)
-                _log.info("event=epoch domain=%s gone_through=%.1f", name, times)
-        shares = " ".join(f"{n}={w:.3f}" for n, w in zip(event.domains, weights, strict=True))
-        _log.info("event=mixture step=%d start_row=%d %s", self.step, start_row, shares)
+        return start_row, weights.tolist(), self.steering.to_json()
 
     @property
     def _rows_until_steered(self) -> int:
@@ -254,6 +303,7 @@ class _Run:
             return
         self._report()
         self.metrics.sync()
+        self.files.push()
         _log.info("event=save_start step=%d", self.step)
         host = {
             "pipeline": self.pipeline.state,
@@ -273,15 +323,16 @@ class _Run:
     def stop_reason(self) -> str | None:
         """Why the run is over, if it is."""
         train, step = self.config.train, self.step
+        if train.max_tokens:
+            self._report()
         if step >= train.steps:
             return "steps"
         if train.max_tokens and self.tokens_per_domain.sum() >= train.max_tokens:
             return "tokens"
         if train.max_intervals and step >= train.max_intervals * self.config.mixture.interval_steps:
             return "intervals"
-        if train.stop_discrepancy and self.measured and self.teacher_nats:
-            if discrepancy(self.measured[1].nats, self.teacher_nats.nats) < train.stop_discrepancy:
-                return "discrepancy"
+        if train.stop_discrepancy and self.gap < train.stop_discrepancy:
+            return "discrepancy"
         return None
 
     def summary(self, reason: str) -> RunSummary:
@@ -327,7 +378,7 @@ class _Run:
             self.pipeline.set_state(host["pipeline"])
         except ValueError as error:
             raise UserError(
-                f"this is not the data and the teacher that {self.run_dir} was trained on "
+                f"this is not the data and the teacher that {self.config.run.dir} was trained on "
                 f"({error}): bring them back, or choose another run.dir"
             ) from error
         self.steering.restore(host["steering"])
@@ -336,7 +387,7 @@ class _Run:
         if host["measured"] is not None:
             step, nats, tokens = host["measured"]
             values = [np.nan if value is None else value for value in nats]
-            self.measured = step, DomainNats(np.array(values), np.array(tokens))
+            self._take(step, DomainNats(np.array(values), np.array(tokens)))
 
     def _report(self) -> None:
         """Write the line of the last dispatched step; stop if its updates keep being skipped."""
@@ -344,6 +395,7 @@ class _Run:
             return
         pending, self._pending = self._pending, None
         sums = jax.device_get(pending.sums)
+        self.tokens_per_domain = self.tokens_per_domain + sums.tokens.astype(np.int64)
         now = time.monotonic()
         seconds, waited = now - self.clock, self.waited
         self.clock, self.waited = now, 0.0
@@ -354,7 +406,9 @@ class _Run:
         )
         applied = pending.step - 1 - int(sums.skipped_before)
         self.steering.count(sums)
-        self.metrics.write(_step_event(self.job, pending, sums, self.schedule(applied), timing))
+        tokens = int(self.tokens_per_domain.sum())
+        rate = self.schedule(applied)
+        self.metrics.write(_step_event(self.job, pending.step, tokens, sums, rate, timing))
         self.progress.update(
             pending.step, loss=float(sums.loss), tokens_per_second=timing.tokens_per_second
         )
@@ -387,19 +441,18 @@ class _Pending:
 
     step: int
     sums: StepSums
-    tokens_per_domain: np.ndarray
 
 
 def _step_event(
-    job: Job, pending: _Pending, sums: StepSums, rate: Any, timing: StepTiming
+    job: Job, step: int, tokens: int, sums: StepSums, rate: Any, timing: StepTiming
 ) -> StepEvent:
     with np.errstate(divide="ignore", invalid="ignore"):
         by_domain = sums.term_total / sums.term_count
         means = sums.term_total.sum(axis=1) / sums.term_count.sum(axis=1)
     names = [term.name for term in job.objective]
     return StepEvent(
-        step=pending.step,
-        tokens=pending.tokens_per_domain.sum(),
+        step=step,
+        tokens=tokens,
         loss=sums.loss,
         terms=dict(zip(names, means, strict=True)),
         domain_nats=dict(zip(names, by_domain, strict=True)),

@@ -133,6 +133,8 @@ class MixtureEvent:
     slope: Numbers | None
     """Change of the student's nats since the last event, per million training tokens of all
     domains; null before the first step."""
+    loss_weights: Numbers | None = None
+    """Weight of each domain in the loss of the next step; null where the rows are weighed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,12 +158,15 @@ class MetricsWriter:
     line torn, which `read_metrics` ignores and `truncate_after` removes.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Open `path` for appending.
+    def __init__(self, path: Path | None) -> None:
+        """Open `path` for appending; None takes events and writes none of them.
 
         Raises:
             StorageError: it cannot be opened.
         """
+        self._file = None
+        if path is None:
+            return
         self._path = Path(path)
         try:
             self._file = self._path.open("ab", buffering=0)
@@ -174,6 +179,8 @@ class MetricsWriter:
         Raises:
             StorageError: it cannot be written, for instance because the disk is full.
         """
+        if self._file is None:
+            return
         line = json.dumps({"event": event.event, **to_json(event)}, allow_nan=False)
         rest = memoryview(line.encode() + b"\n")
         try:
@@ -191,6 +198,8 @@ class MetricsWriter:
         Raises:
             StorageError: the operating system could not write them.
         """
+        if self._file is None:
+            return
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -198,7 +207,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -347,6 +357,7 @@ class ProgressLine:
         first_step: int = 0,
         log_every_steps: int,
         clock: Callable[[], float] = time.monotonic,
+        shown: bool = True,
     ) -> None:
         """Start the clock, and the bar if there is one.
 
@@ -355,6 +366,7 @@ class ProgressLine:
             first_step: finished steps at the start; that of the checkpoint for a resumed run.
             log_every_steps: steps between two log lines.
             clock: seconds from an arbitrary start.
+            shown: whether there may be a bar; of several processes, one shows it.
         """
         self._steps = steps
         self._log_every_steps = log_every_steps
@@ -363,7 +375,7 @@ class ProgressLine:
         self._origin: tuple[int, float] | None = None
         self._bar = (
             tqdm(total=steps, initial=first_step, unit="step", dynamic_ncols=True)
-            if is_watched()
+            if shown and is_watched()
             else None
         )
 

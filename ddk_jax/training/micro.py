@@ -6,6 +6,7 @@ Legend: B rows, T tokens, K terms, D domains, E hidden, M teachers, n chosen lay
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, UInt32
 
 from ddk_jax.losses.chunked import ChunkPlan, LossInputs, sharded_objective
@@ -24,7 +25,7 @@ from ddk_jax.losses.targets import Head, TeacherTargets
 from ddk_jax.models.collect import NOTHING, Collect, Collected
 from ddk_jax.models.decoder import segment_positions
 from ddk_jax.models.lora import LoRA
-from ddk_jax.parallel.mesh import DATA_AXES, VOCAB_AXIS
+from ddk_jax.parallel.mesh import DATA_AXES, PARAM_AXIS, VOCAB_AXIS, data_shards
 from ddk_jax.training.state import Batch, TeacherRows
 
 LABELS: Objective = (make_term("cross_entropy"),)
@@ -71,6 +72,15 @@ class Frozen(NamedTuple):
     """What is frozen in terms of the objective, by their names. None: nothing."""
     student: Any = None
     """Parameters of a student of which adapters alone learn. None: all of it learns."""
+    domain_weights: Float[Array, "D"] | None = None
+    """Weights of the domains' means in the loss. None: every token counts the same."""
+
+
+class Heads(NamedTuple):
+    """LM heads whose rows are all on every device: gathered once, for all micro-batches."""
+
+    student: Head
+    teachers: tuple[Head, ...]
 
 
 class Forward(NamedTuple):
@@ -100,8 +110,26 @@ class MicroLoss:
     lora: LoRA | None = None
     """Adapters that learn, in place of the student itself."""
 
+    def heads(self, params: Any, frozen: Frozen) -> Heads:
+        """The heads, for any number of calls with these parameters."""
+        ours = self.student.head(self._of_student(params, frozen))
+        models = () if self.teachers is None else self.teachers.models
+        return Heads(gathered(ours, self.mesh), teacher_heads(models, frozen.teachers, self.mesh))
+
+    def _of_student(self, params: Any, frozen: Frozen) -> Any:
+        """What the student's decoder reads."""
+        of_student = params["student"]
+        if self.lora is not None:
+            of_student = self.lora.adapted(frozen.student, of_student)
+        return jax.lax.stop_gradient(of_student) if self.freeze_student else of_student
+
     def __call__(
-        self, params: Any, frozen: Frozen, micro: Batch, inputs: LossInputs
+        self,
+        params: Any,
+        frozen: Frozen,
+        micro: Batch,
+        inputs: LossInputs,
+        heads: Heads | None = None,
     ) -> NatsOfTerms:
         """The sum of scale * value over terms and tokens, and the values [K, B, T].
 
@@ -110,33 +138,32 @@ class MicroLoss:
           frozen: everything else that the terms read.
           micro: rows.
           inputs: of the logit terms; the scales and temperatures of all.
+          heads: of the same parameters, if made ahead; gradients flow into `params` all the same.
         """
-        of_student = params["student"]
-        if self.lora is not None:
-            of_student = self.lora.adapted(frozen.student, of_student)
-        if self.freeze_student:
-            of_student = jax.lax.stop_gradient(of_student)
+        heads = heads or self.heads(params, frozen)
+        of_student = self._of_student(params, frozen)
         of_ours, of_theirs = (Collect(hidden=h, qkv=p) for h, p in self._layers)
         ours = forward(self.student, of_student, micro, of_ours)
         theirs: tuple[Forward, ...] = ()
         if self.teachers is not None and needs_teacher(self.objective):
             with jax.named_scope("teacher"):
                 theirs = teacher_forward(self.teachers, frozen.teachers, micro, of_theirs)
-            targets = teacher_targets(self.teachers, frozen.teachers, theirs, micro)
+            targets = teacher_targets(self.teachers, heads.teachers, theirs, micro)
             inputs = inputs._replace(teacher=targets)
         head = self.student.head(of_student)
         with jax.named_scope("loss"):
-            total, nats = self._on_logits(ours.hidden, head, inputs)
+            total, nats = self._on_logits(ours.hidden, head, inputs, heads.student)
             for index, term, loss in self._state_terms:
                 learned = params["objective"].get(term.name, {})
                 learned = learned | (frozen.objective or {}).get(term.name, {})
                 scale = inputs.scale[index]
                 if loss.of_labels:
-                    model, of_model = self.student, of_student
+                    norm, through = partial(self.student.final_norm, of_student), heads.student
                     if loss.through == "teacher" and self.teachers is not None:
-                        model, of_model = self.teachers.models[0], frozen.teachers[0]
+                        norm = partial(self.teachers.models[0].final_norm, frozen.teachers[0])
+                        through = heads.teachers[0]
                     value, values = self._from_layers(
-                        loss, learned["map"], ours.states, model, of_model, inputs, scale
+                        loss, learned["map"], ours.states, norm, through, inputs, scale
                     )
                 else:
                     segments = micro.segment_ids[:, :-1]
@@ -157,7 +184,7 @@ class MicroLoss:
         losses = [loss for _, _, loss in self._state_terms]
         return state_layers(losses)
 
-    def _on_logits(self, hidden: Array, head: Head, inputs: LossInputs) -> NatsOfTerms:
+    def _on_logits(self, hidden: Array, head: Head, inputs: LossInputs, whole: Head) -> NatsOfTerms:
         """The terms on logits, in their places among all terms."""
         index = [k for k, t in enumerate(self.objective) if not isinstance(t.loss, StateTerm)]
         nats = jnp.zeros_like(inputs.scale)
@@ -166,7 +193,7 @@ class MicroLoss:
         terms, places = tuple(self.objective[k] for k in index), jnp.array(index)
         scale, temperature = inputs.scale[places], inputs.temperature[places]
         chosen = inputs._replace(scale=scale, temperature=temperature)
-        total, values = on_mesh(hidden, head, chosen, terms, self.plan, self.mesh)
+        total, values = on_mesh(hidden, head, chosen, terms, self.plan, self.mesh, whole)
         return total, nats.at[places].set(values)
 
     def _from_layers(
@@ -174,15 +201,14 @@ class MicroLoss:
         loss: StateTerm,
         filters: Float[Array, "n S F"],
         states: Collected,
-        model: Model,
-        of_model: Any,
+        norm: Callable[[Array], Array],
+        head: Head,
         inputs: LossInputs,
         scale: Float[Array, "B T"],
     ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
         """Cross-entropy on the labels, predicted from filtered layers: mean over the layers."""
         chosen, hidden = loss.picked(states, self._layers)
         normed = [i == loss.student_depth for i in chosen]
-        norm = partial(model.final_norm, of_model)
         read = filtered_readouts(hidden, filters, scale > 0, norm, normed=normed)
         n, B, T, E = read.shape
 
@@ -199,9 +225,8 @@ class MicroLoss:
             temperature=jnp.ones(1, jnp.float32),
         )
         rows = jnp.moveaxis(read, 0, 1).reshape(B * n, T, E)
-        head = jax.lax.stop_gradient(model.head(of_model))
         plan = replace(self.plan, head_gradient=False)
-        value, nats = on_mesh(rows, head, tiled, LABELS, plan, self.mesh)
+        value, nats = on_mesh(rows, head, tiled, LABELS, plan, self.mesh, head)
         return value, jnp.mean(nats[0].reshape(B, n, T), axis=1)
 
 
@@ -227,10 +252,37 @@ def on_mesh(
     terms: Objective,
     plan: ChunkPlan,
     mesh: Mesh,
+    whole: Head,
 ) -> NatsOfTerms:
-    """`sharded_objective` on our mesh."""
+    """`sharded_objective` on our mesh; `whole` is the head once more, `gathered`."""
     axes: Any = {"data_axes": DATA_AXES, "vocab_axis": VOCAB_AXIS}
-    return sharded_objective(hidden, head, inputs, terms, plan, mesh=mesh, **axes)
+    return sharded_objective(hidden, head, inputs, terms, plan, mesh=mesh, gathered=whole, **axes)
+
+
+def gathered(head: Head, mesh: Mesh) -> Head:
+    """The head with all rows on every device, and its columns where they were. No gradient flows.
+
+    To be called outside of a loop over micro-batches, which would gather it in each of them.
+    """
+    if data_shards(mesh) == 1:
+        return jax.lax.stop_gradient(head)
+    kernel = head.kernel
+    rows, columns = (
+        axis if size % mesh.shape[axis] == 0 else None
+        for size, axis in zip(kernel.shape, (PARAM_AXIS, VOCAB_AXIS), strict=True)
+    )
+    # In two steps, for the partitioner knows none from a table whose rows alone are shared.
+    for axes in ((rows, columns), (None, columns)):
+        where = NamedSharding(mesh, PartitionSpec(*axes))
+        kernel = jax.lax.with_sharding_constraint(kernel, where)
+    return jax.lax.stop_gradient(head._replace(kernel=kernel))
+
+
+def teacher_heads(
+    models: tuple[Model, ...], params: tuple[Any, ...], mesh: Mesh
+) -> tuple[Head, ...]:
+    """Every teacher's, `gathered`."""
+    return tuple(gathered(m.head(p), mesh) for m, p in zip(models, params, strict=True))
 
 
 def label_inputs(micro: Batch, scale: Float[Array, "K B T"]) -> LossInputs:
@@ -251,10 +303,9 @@ def draws(shape: tuple[int, ...], step: Array, seed: int) -> UInt32[Array, "*axe
 
 
 def teacher_targets(
-    teachers: Teachers, params: tuple[Any, ...], made: tuple[Forward, ...], micro: Batch
+    teachers: Teachers, heads: tuple[Head, ...], made: tuple[Forward, ...], micro: Batch
 ) -> TeacherTargets:
     """What the terms on logits read; a single teacher needs no weights."""
-    heads = tuple(m.head(p) for m, p in zip(teachers.models, params, strict=True))
     hidden = tuple(part.hidden for part in made)
     if len(heads) == 1:
         return TeacherTargets(hidden, heads)

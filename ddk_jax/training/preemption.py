@@ -7,20 +7,28 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+from ddk_jax.parallel import processes
+
 
 class Preemption:
-    """Context manager; `requested` turns true when the process is told to stop.
+    """Context manager; `requested()` turns true when the process is told to stop.
 
-    Outside of the main thread, where Python installs no signal handlers, it stays false.
+    Of several processes, when any of them is: then it is jax that handles the signal. Outside of
+    the main thread, where Python installs no signal handlers, it stays false.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self._requested = False
+        self._several = processes.count() > 1
         self._previous: Any = None
+
+    def requested(self) -> bool:
+        """Whether to save and end now. To be asked once a step."""
+        return processes.told_to_stop() if self._several else self._requested
 
     def __enter__(self) -> Preemption:
         """Install the handler."""
-        if threading.current_thread() is threading.main_thread():
+        if not self._several and threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, self._request)
         return self
 
@@ -35,4 +43,4 @@ class Preemption:
             signal.signal(signal.SIGTERM, self._previous)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self._requested = True

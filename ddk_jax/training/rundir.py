@@ -17,6 +17,8 @@ from ddk_jax import __version__
 from ddk_jax.config import Config, load_config, save_config
 from ddk_jax.errors import StorageError, UserError
 from ddk_jax.plain import to_plain
+from ddk_jax.training.bucket import AnyPath
+from ddk_jax.training.checkpoint_files import saved_steps, set_aside
 
 _log = logging.getLogger(__name__)
 
@@ -40,7 +42,12 @@ FIXED = (
 """What must not change within a run: the meaning of its state, its data order, its metrics."""
 
 
-def open_run(config: Config, directory: Path, models: Mapping[str, str] | None = None) -> None:
+def open_run(
+    config: Config,
+    directory: Path,
+    models: Mapping[str, str] | None = None,
+    place: AnyPath | None = None,
+) -> None:
     """Write the config and the versions of a new run, or check that a config continues the old one.
 
     Settings that decide what the state and the rows mean must be as they were (`FIXED`); others may
@@ -51,14 +58,16 @@ def open_run(config: Config, directory: Path, models: Mapping[str, str] | None =
       config: of the run.
       directory: of the run.
       models: commits of the hub repositories that the config names, by their ids; recorded.
+      place: of the run and its checkpoints, if that is in a bucket.
 
     Raises:
       UserError: the directory belongs to a run that this config does not continue.
       StorageError: the directory cannot be written.
     """
-    path = directory / "config.yaml"
-    if path.is_file() and any((directory / "checkpoints").glob("[0-9]*")):
-        _check_continues(to_plain(load_config(path)), to_plain(config), directory)
+    path, place = directory / "config.yaml", place or directory
+    checkpoints = place / "checkpoints"
+    if path.is_file() and (saved_steps(checkpoints) or set_aside(checkpoints)):
+        _check_continues(to_plain(load_config(path)), to_plain(config), place)
     record: dict[str, Any] = {"config_digest": config.digest(), "ddk_jax": __version__}
     record["python"] = platform.python_version()
     record["packages"] = {name: metadata.version(name) for name in PACKAGES}
@@ -72,7 +81,7 @@ def open_run(config: Config, directory: Path, models: Mapping[str, str] | None =
     except OSError as error:
         raise _unwritable(path, error) from error
     write_whole(directory / "run.json", json.dumps(record, indent=1) + "\n")
-    _log.info("event=start run=%s digest=%s", directory, record["config_digest"])
+    _log.info("event=start run=%s digest=%s", place, record["config_digest"])
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -93,7 +102,7 @@ def _unwritable(path: Path, error: OSError) -> StorageError:
     return StorageError(f"cannot write {path}: {error}; check its permissions and the free space")
 
 
-def _check_continues(old: dict[str, Any], new: dict[str, Any], directory: Path) -> None:
+def _check_continues(old: dict[str, Any], new: dict[str, Any], directory: AnyPath) -> None:
     changed = sorted(
         key
         for key in _flat(old).keys() | _flat(new).keys()
@@ -121,13 +130,20 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @contextmanager
-def log_file(path: Path) -> Iterator[None]:
-    """Copy the package's log records, from INFO up, to a file."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+def log_file(path: Path | None) -> Iterator[None]:
+    """Copy the package's log records, from INFO up, to a file.
+
+    None is for the other processes of a run: they say what went wrong, and nothing else.
+    """
+    handler: logging.Handler = logging.NullHandler()
+    if path is not None:
+        handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger("ddk_jax")
     level = logger.level
-    logger.setLevel(min(level or logging.INFO, logging.INFO))
+    logger.setLevel(
+        max(level, logging.WARNING) if path is None else min(level or logging.INFO, logging.INFO)
+    )
     logger.addHandler(handler)
     try:
         yield

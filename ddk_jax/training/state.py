@@ -6,9 +6,10 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int64
 
 from ddk_jax.parallel.mesh import DATA_AXES, param_shardings, replicated
 
@@ -115,8 +116,31 @@ def place_batch(mesh: Mesh, micro_rows: int, *arrays: Any) -> Batch:
       mesh: rows of each micro-batch are shared by its data axes.
       micro_rows: rows of a micro-batch; divides the number of rows.
       *arrays: row arrays in the order of `Batch`'s fields; the last is a tuple of them, or None.
+        Where several processes have the devices, each needs its `local_rows` only: the others are
+        there, so that every row has its place, and may hold anything.
     """
-    sharding = NamedSharding(mesh, PartitionSpec(None, DATA_AXES))
-    cut = jax.tree.map(lambda x: x.reshape(-1, micro_rows, *x.shape[1:]), arrays)
-    batch = Batch(*jax.device_put(cut, sharding))
+    sharding = _row_sharding(mesh)
+
+    def place(rows: np.ndarray) -> Array:
+        cut = rows.reshape(-1, micro_rows, *rows.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, cut, cut.shape)
+
+    batch = Batch(*jax.tree.map(place, arrays))
     return batch if batch.teacher is None else batch._replace(teacher=TeacherRows(*batch.teacher))
+
+
+def local_rows(mesh: Mesh, rows: int, micro_rows: int) -> Int64[np.ndarray, "local"]:
+    """Numbers of those rows of a batch that lie on devices of this process, in order.
+
+    Args:
+      mesh: from `make_mesh`.
+      rows: of the batch.
+      micro_rows: rows of a micro-batch.
+    """
+    numbers = np.arange(rows, dtype=np.int64).reshape(-1, micro_rows)
+    places = _row_sharding(mesh).addressable_devices_indices_map(numbers.shape)
+    return np.unique(np.concatenate([numbers[place].reshape(-1) for place in places.values()]))
+
+
+def _row_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(None, DATA_AXES))

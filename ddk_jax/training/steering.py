@@ -76,10 +76,9 @@ def _check_can_follow(controller: Controller, config: Config) -> None:
                 f"mixture.term = {controller.term!r}: not a term of the objective; "
                 f"{suggest(controller.term, terms)}"
             )
-    if controller.steers != "rows":
+    if controller.steers == "loss" and controller.warmup_intervals:
         raise UserError(
-            f"mixture.controller = {controller.name!r} weighs the domains in the loss, which the "
-            "train step does not do yet"
+            f"mixture.warmup_intervals: {controller.name} follows every step, and has no warm-up"
         )
 
 
@@ -141,7 +140,10 @@ def _average_weights(run_dir: str, domains: Sequence[str]) -> list[float]:
 
 
 class Steering:
-    """The controller in a run: it counts what the steps report, and decides once in an interval."""
+    """The controller in a run: it counts what the steps report, and decides once in an interval.
+
+    One that weighs the domains in the loss decides at every step.
+    """
 
     def __init__(
         self,
@@ -166,6 +168,7 @@ class Steering:
           rows_per_interval: rows between two decisions.
         """
         self._controller, self._domains, self._teacher_nats = controller, domains, teacher_nats
+        self._prior = prior
         self._rows_per_step, self._rows_per_interval = rows_per_step, rows_per_interval
         term = controller.term if isinstance(controller, FollowsTraining) else None
         self._term = None if term is None else list(terms).index(term)
@@ -177,12 +180,21 @@ class Steering:
 
     @property
     def weights(self) -> Values:
-        """[D] in force."""
-        return self._controller.weights(self._state)
+        """[D] shares of the rows."""
+        return self._prior if self._weighs_loss else self._controller.weights(self._state)
+
+    @property
+    def loss_weights(self) -> Values | None:
+        """[D] weights of the domains in the loss of the next step; None: rows are weighed."""
+        return self._controller.weights(self._state) if self._weighs_loss else None
+
+    @property
+    def _weighs_loss(self) -> bool:
+        return self._controller.steers == "loss"
 
     @property
     def average(self) -> list[float]:
-        """[D] mean of the weights over all decisions."""
+        """[D] mean of the controller's weights over all decisions."""
         return list(self._state.average)
 
     def count(self, sums: StepSums) -> None:
@@ -192,6 +204,16 @@ class Steering:
             finite = np.isfinite(total)
             self._total += np.where(finite, total, 0.0)
             self._count += np.where(finite, count, 0.0)
+        if self._weighs_loss:
+            nowhere = np.full(len(self._domains), np.nan)
+            seen = observe(nowhere, training_nats=self._training_nats())
+            self._state = self._controller.update(self._state, seen)
+            self._total, self._count = np.zeros((2, len(self._domains)))
+
+    def _training_nats(self) -> Values:
+        """[D] mean of the term that is followed, in the steps counted since the last decision."""
+        unknown = np.full(self._count.shape, np.nan)
+        return np.divide(self._total, self._count, out=unknown, where=self._count > 0)
 
     def decide(
         self, step: int, student_nats: Values, tokens_per_domain: Int64[np.ndarray, "D"]
@@ -208,14 +230,14 @@ class Steering:
         """
         tokens = tokens_per_domain.astype(np.float64)
         drawn = tokens - self._tokens
-        unknown = np.full(drawn.shape, np.nan)
-        training = np.divide(self._total, self._count, out=unknown, where=self._count > 0)
-        seen = observe(
-            student_nats, self._teacher_nats, training_nats=training, tokens=tokens, step=step
-        )
-        self._state = self._controller.update(self._state, seen)
-        if drawn.any() or "student_nats" in self._controller.needs:
-            self._warn()
+        if not self._weighs_loss:
+            training = self._training_nats()
+            seen = observe(
+                student_nats, self._teacher_nats, training_nats=training, tokens=tokens, step=step
+            )
+            self._state = self._controller.update(self._state, seen)
+            if drawn.any() or "student_nats" in self._controller.needs:
+                self._warn()
         event = self._event(step, student_nats, drawn)
         self._total, self._count = np.zeros((2, len(self._domains)))
         self._tokens, self._student_nats = tokens, student_nats
@@ -243,7 +265,7 @@ class Steering:
     def _event(self, step: int, student_nats: Values, drawn: Values) -> MixtureEvent:
         gap = ratio = share = slope = None
         if self._teacher_nats is not None:
-            gap = self._state.gap
+            gap = measure(self._controller.gap_kind, student_nats, self._teacher_nats)
             ratio = measure("ppl_ratio", student_nats, self._teacher_nats)
         if total := drawn.sum():
             share = drawn / total
@@ -260,6 +282,7 @@ class Steering:
             ratio=ratio,
             share=share,
             slope=slope,
+            loss_weights=self.loss_weights,
         )
 
     def _warn(self) -> None:

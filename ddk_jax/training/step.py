@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ddk_jax.losses.chunked import ChunkPlan
 from ddk_jax.losses.objective import make_term, temperatures, term_factors, term_weights
 from ddk_jax.losses.sums import DomainSums, domain_sums
+from ddk_jax.losses.targets import Head
 from ddk_jax.parallel.mesh import replicated
 from ddk_jax.training.micro import (
     LABELS,
@@ -28,6 +29,7 @@ from ddk_jax.training.micro import (
     on_mesh,
     paired,
     teacher_forward,
+    teacher_heads,
     teacher_targets,
 )
 from ddk_jax.training.state import Batch, StepSums, TrainState
@@ -48,9 +50,10 @@ def make_train_step(
 ) -> TrainStep:
     """Jit `(state, frozen, batch) -> (state, sums)`.
 
-    The state is donated. Each term is averaged over its tokens in the whole batch, so the result
-    does not depend on the cut into micro-batches or shards. A non-finite loss, gradient or update
-    leaves parameters and optimizer state untouched and is counted.
+    The state is donated. Each term is averaged over its tokens in the whole batch (of each domain,
+    where `frozen` weighs them), so the result does not depend on the cut into micro-batches or
+    shards. A non-finite loss, gradient or update leaves parameters and optimizer state untouched
+    and is counted.
     """
     objective = loss.objective
 
@@ -60,19 +63,21 @@ def make_train_step(
         with_teacher_K = jnp.array([term.needs_teacher for term in objective])
         counted_KMBT = paired(batch)[None] | ~with_teacher_K[:, None, None, None]
         weights_KMBT = jnp.where(counted_KMBT, weights_KMBT, jnp.float32(0))
-        counts_K = jnp.maximum(jnp.sum(weights_KMBT, axis=(1, 2, 3)), 1)
-        factors_K = term_factors(objective, state.step) / counts_K
+        factors_K = term_factors(objective, state.step)
+        factors_KD = _token_factors(factors_K, weights_KMBT, batch.domain, frozen, num_domains)
         temperatures_K = temperatures(objective, state.step)
         weights_MKBT = jnp.moveaxis(weights_KMBT, 1, 0)
         draws_MBT = draws(predicted_MBT.shape, state.step, seed)
+        heads = loss.heads(state.params, frozen)
 
         def micro_step(carry: Any, part: tuple[Batch, Array, Array]) -> tuple[Any, None]:
             micro, weights_KBT, draws_BT = part
-            scale_KBT = weights_KBT * factors_K[:, None, None]
+            by_row = factors_KD if frozen.domain_weights is None else factors_KD[:, micro.domain]
+            scale_KBT = weights_KBT * by_row[:, :, None]
             inputs = label_inputs(micro, scale_KBT)
             inputs = inputs._replace(draw=draws_BT, temperature=temperatures_K)
             (value, nats_KBT), grads = jax.value_and_grad(loss, has_aux=True)(
-                state.params, frozen, micro, inputs
+                state.params, frozen, micro, inputs, heads
             )
             sums = jax.vmap(lambda n, w: domain_sums(n, w, micro.domain, num_domains))(
                 nats_KBT, weights_KBT
@@ -87,6 +92,8 @@ def make_train_step(
         )
         (value, grads, sums), _ = jax.lax.scan(micro_step, carry, (batch, weights_MKBT, draws_MBT))
 
+        # Where the parameters are: moments and parameters would each be moved there otherwise.
+        grads = jax.lax.with_sharding_constraint(grads, state_shardings.params)
         grad_norm = optax.tree.norm(grads)
         with jax.numpy_dtype_promotion("standard"):  # optax multiplies floats by integer counts
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -110,29 +117,49 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, replicated(mesh)))
 
 
+def _token_factors(
+    factors_K: Float[Array, "K"],
+    weights_KMBT: Float[Array, "K M B T"],
+    domain_MB: Int[Array, "M B"],
+    frozen: Frozen,
+    num_domains: int,
+) -> Float[Array, "K _"]:
+    """What the nats of one token are multiplied by: [K, 1], or [K, D] if domains are weighted.
+
+    The sum over the batch is then factor * (mean over its tokens), or factor * (sum over the
+    domains of weight * mean over the domain's tokens); a domain without tokens adds nothing.
+    """
+    if frozen.domain_weights is None:
+        counts_K = jnp.maximum(jnp.sum(weights_KMBT, axis=(1, 2, 3)), 1)
+        return (factors_K / counts_K)[:, None]
+    rows_KR = jnp.sum(weights_KMBT, axis=3).reshape(factors_K.size, -1)
+    counts_DK = jax.ops.segment_sum(rows_KR.T, domain_MB.reshape(-1), num_domains)
+    return factors_K[:, None] * frozen.domain_weights[None] / jnp.maximum(counts_DK.T, 1)
+
+
 def make_eval_step(models: Teachers, mesh: Mesh, *, num_domains: int, plan: ChunkPlan) -> EvalStep:
     """Jit `(params, batch) -> DomainSums`: cross-entropy on the labels, of a model or a mixture.
 
     `params` is a tuple, one tree for each model.
     """
-    first, single = models.models[0], len(models.models) == 1
+    single = len(models.models) == 1
     terms = LABELS if single else (make_term("teacher_cross_entropy"),)
 
-    def micro_sums(params: tuple[Any, ...], micro: Batch) -> DomainSums:
+    def micro_sums(params: tuple[Any, ...], heads: tuple[Head, ...], micro: Batch) -> DomainSums:
         weights_BT = predicted(micro)
         inputs = label_inputs(micro, weights_BT[None])
         made = teacher_forward(models, params, micro)
         if not single:
-            inputs = inputs._replace(teacher=teacher_targets(models, params, made, micro))
-        head = first.head(params[0])
-        _, nats_KBT = on_mesh(made[0].hidden, head, inputs, terms, plan, mesh)
+            inputs = inputs._replace(teacher=teacher_targets(models, heads, made, micro))
+        _, nats_KBT = on_mesh(made[0].hidden, heads[0], inputs, terms, plan, mesh, heads[0])
         return domain_sums(nats_KBT[0], weights_BT, micro.domain, num_domains)
 
     def step(params: Any, batch: Batch) -> DomainSums:
         zeros = jnp.zeros(num_domains, jnp.float32)
+        heads = teacher_heads(models.models, params, mesh)
 
         def add(total: DomainSums, micro: Batch) -> tuple[DomainSums, None]:
-            return jax.tree.map(jnp.add, total, micro_sums(params, micro)), None
+            return jax.tree.map(jnp.add, total, micro_sums(params, heads, micro)), None
 
         return jax.lax.scan(add, DomainSums(zeros, zeros), batch)[0]
 
@@ -143,9 +170,12 @@ def make_comparison_step(loss: MicroLoss, *, num_domains: int) -> ComparisonStep
     """Jit `(params, frozen, batch) -> DomainSums` of every term, [K, D]; no gradient is taken."""
 
     def step(params: Any, frozen: Frozen, batch: Batch) -> DomainSums:
+        heads = loss.heads(params, frozen)
+
         def micro_sums(micro: Batch) -> DomainSums:
             weights_KBT = term_weights(loss.objective, micro.role[:, 1:], predicted(micro))
-            _, nats_KBT = loss(params, frozen, micro, label_inputs(micro, weights_KBT))
+            inputs = label_inputs(micro, weights_KBT)
+            _, nats_KBT = loss(params, frozen, micro, inputs, heads)
             return jax.vmap(lambda n, w: domain_sums(n, w, micro.domain, num_domains))(
                 nats_KBT, weights_KBT
             )

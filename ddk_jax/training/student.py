@@ -14,11 +14,20 @@ from jaxtyping import Array
 from ddk_jax.config import Config
 from ddk_jax.data.shards import Manifest
 from ddk_jax.errors import UserError
-from ddk_jax.models import families, hf
+from ddk_jax.models import families
 from ddk_jax.models.decoder import Decoder
 from ddk_jax.models.hub import resolve
 from ddk_jax.models.lora import LoRA
-from ddk_jax.training.loaded import Loaded, TeacherSet, check_tokens, load_model, read_params
+from ddk_jax.models.spec import ModelSpec
+from ddk_jax.training.loaded import (
+    Loaded,
+    TeacherSet,
+    check_complete,
+    check_tokens,
+    load_model,
+    read_params,
+    read_shape,
+)
 
 
 @dataclass(frozen=True)
@@ -41,16 +50,10 @@ class Student:
         """
         config, tokens = self.config.student, self.manifest.tokenizer.vocab_size
         if config.path:
-            spec = hf.read_spec(resolve(config.path, config.revision).directory)
-            check_tokens(self.config, self.manifest, config, "student", spec)
+            spec = self._read_shape()
         else:
             spec = config.spec
-            for name in ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "ffn_size"):
-                if not getattr(spec, name):
-                    raise UserError(
-                        f"student.spec.{name} is missing: describe the student, or set "
-                        "student.path to a model directory"
-                    )
+            check_complete(spec, "student.spec")
             size = tokens
             if self.teachers.specs and self.teachers.tokenizer is None:
                 size = self.teachers.specs[0].vocab_size
@@ -61,7 +64,12 @@ class Student:
                 f"the student has {spec.vocab_size} embeddings, the tokenizer {tokens} tokens: set "
                 "student.spec.vocab_size to 0"
             )
-        return Decoder(spec=spec, dtype=self.dtype, remat=config.remat)
+        return Decoder(spec=spec, dtype=self.dtype, remat=config.remat, mesh=self.mesh)
+
+    def _read_shape(self) -> ModelSpec:
+        spec = read_shape(self.config.student, "student")
+        check_tokens(self.config, self.manifest, self.config.student, "student", spec)
+        return spec
 
     @cached_property
     def lora(self) -> LoRA | None:

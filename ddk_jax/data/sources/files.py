@@ -25,6 +25,13 @@ TEXT_SUFFIXES = frozenset(
 """Files in a folder that are read as one document each; other files of a folder are passed over."""
 PARQUET_SUFFIXES = frozenset({".parquet"})
 ARRAY_RECORD_SUFFIXES = frozenset({".array_record", ".arrayrecord"})
+_UNREAD = {
+    **dict.fromkeys((".json",), "write one JSON object a line and call it .jsonl"),
+    **dict.fromkeys((".csv", ".tsv", ".arrow", ".feather", ".orc"), "write JSON lines or Parquet"),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".7z", ".rar"), "unpack it and name the folder"),
+    **dict.fromkeys((".bz2", ".lz4", ".br"), "pack it with gzip, xz or zstd instead"),
+}
+"""Files that would otherwise be read as text, and what to do with them."""
 
 _COMPRESSED = frozenset({".gz", ".xz", ".zst"})
 _MAGIC = frozenset("*?[")
@@ -79,8 +86,8 @@ def _found(source: SourceConfig) -> list[SourceFile]:
         raise DataError(f"source {source.path}: {advice}")
     files = [SourceFile(_name(head, path, root), path) for path in found]
     for name, path in files:
-        if inner_suffix(path) == ".json":
-            raise DataError(f"source {name}: write one JSON object a line and call it .jsonl")
+        if advice := _UNREAD.get(inner_suffix(path)):
+            raise DataError(f"source {name}: {advice}")
     return files
 
 

@@ -33,7 +33,7 @@ def check_encoding(source: SourceConfig) -> None:
     try:
         "a".encode(source.encoding)
         codecs.lookup(source.encoding)
-    except LookupError as error:
+    except (LookupError, UnicodeError) as error:
         raise UserError(f"source {source.path}: encoding {source.encoding}: {error}") from error
 
 
@@ -48,7 +48,8 @@ def _whole(stream: io.BufferedIOBase, name: str, source: SourceConfig) -> Iterat
         return
     utf8 = codecs.lookup(source.encoding).name == "utf-8"
     try:
-        text = (without_bom(raw) if utf8 else raw).decode(source.encoding)
+        # The mark is U+FEFF in every encoding of Unicode; some decoders leave it.
+        text = (without_bom(raw) if utf8 else raw).decode(source.encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         encoding = "UTF-8" if utf8 else source.encoding
         yield Reject(name, 1, f"invalid {encoding} at byte {error.start}")
