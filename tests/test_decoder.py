@@ -42,12 +42,10 @@ def test_logits_equal_a_float64_reference(tied: bool) -> None:
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("variant", ["tied", "untied", "wide_heads", "one_kv_head"])
-def test_logits_and_every_layer_equal_transformers(tmp_path: Path, variant: str) -> None:
-    pytest.importorskip("torch")
-    import torch_llama
-
-    model = torch_llama.random_llama(tmp_path, **torch_llama.VARIANTS[variant])
+@pytest.mark.parametrize("variant", ["llama", "llama_tied", "llama_biases"])
+def test_logits_layers_and_projections_equal_transformers(tmp_path: Path, variant: str) -> None:
+    torch_models = pytest.importorskip("torch_models")
+    model = torch_models.random_model(tmp_path, torch_models.VARIANTS[variant])
     spec = hf.read_spec(tmp_path)
     decoder, params = Decoder(spec=spec), hf.load(tmp_path, spec=spec)
     tokens = np.stack(documents(40, 40))
@@ -57,7 +55,7 @@ def test_logits_and_every_layer_equal_transformers(tmp_path: Path, variant: str)
             module.register_forward_hook(
                 lambda module, inputs, out, name=name: projected.update({name: out.numpy()})
             )
-    expected, layers = torch_llama.forward(model, tokens)
+    expected, layers = torch_models.forward(model, tokens)
 
     ours, found = run(decoder, params, jnp.asarray(tokens), jnp.ones(tokens.shape, jnp.int32))
     assert np.abs(np.asarray(ours) - expected).max() < 1e-4 * np.abs(expected).max()

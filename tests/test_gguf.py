@@ -562,7 +562,7 @@ def test_logits_of_a_quantised_model_are_near_those_of_its_source(tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.torch
 def test_a_model_of_torch_keeps_its_logits(tmp_path: Path) -> None:
-    torch_llama = pytest.importorskip("torch_llama")
+    torch_models = pytest.importorskip("torch_models")
     spec = dataclasses.replace(
         SPEC,
         rope_theta=500_000.0,
@@ -570,18 +570,17 @@ def test_a_model_of_torch_keeps_its_logits(tmp_path: Path) -> None:
         rope_scaling=dataclasses.replace(LLAMA3, factor=8.0),
         tied_head=False,
     )
-    model = torch_llama.random_llama(
-        tmp_path / "torch",
-        vocab_size=spec.vocab_size,
-        hidden_size=spec.hidden_size,
-        num_hidden_layers=spec.num_layers,
-        num_attention_heads=spec.num_heads,
-        num_key_value_heads=spec.num_kv_heads,
-        head_dim=spec.head_dim,
-        intermediate_size=spec.ffn_size,
-        max_position_embeddings=spec.max_positions,
-        rms_norm_eps=spec.norm_eps,
-        rope_parameters={
+    config = {
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.hidden_size,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "intermediate_size": spec.ffn_size,
+        "max_position_embeddings": spec.max_positions,
+        "rms_norm_eps": spec.norm_eps,
+        "rope_parameters": {
             "rope_type": "llama3",
             "rope_theta": spec.rope_theta,
             "factor": 8.0,
@@ -589,7 +588,8 @@ def test_a_model_of_torch_keeps_its_logits(tmp_path: Path) -> None:
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
         },
-    )
+    }
+    model = torch_models.random_model(tmp_path / "torch", torch_models.Variant("llama", config))
     weights = {name: value.numpy() for name, value in model.state_dict().items()}
     tensors = gguf_weights(weights, spec)
     tensors["rope_freqs.weight"] = llama3_divisors(spec.rope_theta, 32, spec.rope_scaling)
@@ -597,7 +597,7 @@ def test_a_model_of_torch_keeps_its_logits(tmp_path: Path) -> None:
     import_gguf(write_gguf(tmp_path / "x.gguf", tensors, metadata), tmp_path / "out")
     assert hf.read_spec(tmp_path / "out") == spec
     tokens = np.random.default_rng(0).integers(0, spec.vocab_size, (2, 40))
-    theirs, _ = torch_llama.forward(model, tokens)
+    theirs, _ = torch_models.forward(model, tokens)
     ours = logits(spec, hf.load(tmp_path / "out"), tokens)
     assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
 
