@@ -111,7 +111,8 @@ def cases(names: str) -> list[Case]:
     Raises:
       ValueError: a name that is none of ours.
     """
-    gradients = [name for name in LOSSES if name not in METRICS]
+    without = (*METRICS, "clipped_excess")  # which have no gradient
+    gradients = [name for name in LOSSES if name not in without]
     sorting = [name for name in gradients if "candidates" in LOSSES[name].settings]
     known = [Case(name) for name in gradients]
     known += [Case(name, (("candidates", 64),)) for name in sorting]

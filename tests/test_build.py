@@ -223,7 +223,7 @@ def test_the_initial_student_is_a_function_of_the_seed(
 
 def test_a_student_from_a_directory_starts_with_its_values(tiny_root: Path) -> None:
     teacher = tiny_root / "teacher"
-    made = job(tiny_root, **{"student.path": str(teacher)})
+    made = job(tiny_root, **{"student.path": str(teacher), "student.spec": {}})
     assert made.student.spec == hf.read_spec(teacher)
     expected = tiny.state_digest(hf.load(teacher))
     assert tiny.state_digest(made.initial_state().params["student"]) == expected
@@ -259,8 +259,9 @@ def test_a_model_with_another_tokenizer_is_refused(
     """The same number of tokens, two of them exchanged: a mistake that no shape reveals."""
     tokenizer = tiny.write_tokenizer(tmp_path / "tokenizer", swapped=True)
     model = tiny.write_teacher(tmp_path / "model", tokenizer)
+    spec = {} if who == "student" else tiny.STUDENT
     with pytest.raises(UserError, match=f"the {who}'s tokenizer .* is not the data's"):
-        job(tiny_root, **{f"{who}.path": str(model)}).check()
+        job(tiny_root, **{f"{who}.path": str(model), "student.spec": spec}).check()
 
 
 def test_a_model_that_is_too_small_for_the_tokenizer_is_refused(

@@ -46,6 +46,7 @@ def record() -> RunRecord:
         teacher_nats=two[0],
         mixture_tokens=np.array([0, 40]),
         weights=two / len(tiny.DOMAINS),
+        shares=two / len(tiny.DOMAINS),
         steps=np.array([1, 2]),
         tokens=np.array([40, 80]),
         loss=one,

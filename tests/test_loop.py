@@ -560,7 +560,7 @@ def test_the_two_stages_of_ted(tiny_root: Path, tmp_path: Path) -> None:
     teacher = str(tiny_root / "teacher")
     layers = {"loss": "layer_cross_entropy", "pairs": 2}
     filters = {
-        "of_teacher": {"student.path": teacher, "objective.terms": [layers]},
+        "of_teacher": {"student.path": teacher, "student.spec": {}, "objective.terms": [layers]},
         "of_student": {"objective.terms": [layers | {"through": "teacher"}]},
     }
     for name, changes in filters.items():
