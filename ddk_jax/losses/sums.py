@@ -1,7 +1,7 @@
-"""The only reducers: a loss is a sum and a count until somebody reports it.
+"""The only reducer: a loss is a sum and a count until somebody reports it.
 
 Sums and counts of micro-batches, devices and hosts add up, so no result depends on how a batch was
-split. Legend: D domains; `*axes` any number of row and token axes.
+split. Legend: B rows, T tokens, D domains.
 """
 
 from __future__ import annotations
@@ -13,24 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-class Sum(NamedTuple):
-    """Total nats, and the tokens (or token weights) that they are a total over."""
-
-    total: Float[Array, ""]
-    count: Float[Array, ""]
-
-
 class DomainSums(NamedTuple):
     """A total and a count for every domain."""
 
     total: Float[Array, "D"]
     count: Float[Array, "D"]
-
-
-def masked_sum(nats: Float[Array, "*axes"], weights: Float[Array, "*axes"]) -> Sum:
-    """Weighted total in float32. What stands under a zero weight has no effect, not even a NaN."""
-    kept = jnp.where(weights > 0, nats.astype(jnp.float32), jnp.float32(0))
-    return Sum(jnp.sum(kept * weights), jnp.sum(weights))
 
 
 def domain_sums(
