@@ -23,6 +23,7 @@ from ddk_jax.models import hf
 from ddk_jax.models.decoder import Decoder
 from ddk_jax.plain import from_plain
 from ddk_jax.planning.job import PlannedJob
+from ddk_jax.training.memory import give_back
 from ddk_jax.training.state import StepSums
 
 
@@ -73,10 +74,14 @@ def stepping(job: PlannedJob, teacher: Any, tokens: np.ndarray) -> Callable[[], 
     rows = HostBatch(tokens, ones, PROMPT * ones, np.zeros(len(tokens), np.int32))
     run, state, batch = job.train_step(), job.initial_state(), job.place(rows)
     frozen = job.frozen._replace(teachers=(teacher,))
+    compiled = False
 
     def step() -> StepSums:
-        nonlocal state
+        nonlocal state, compiled
         state, sums = run(state, frozen, batch)
+        if not compiled:
+            give_back()  # as the loop does
+            compiled = True
         jax.block_until_ready(state)
         return sums
 

@@ -43,6 +43,7 @@ LAYERS: list[list[list[str]]] = [
         [
             "training.state",
             "training.optimizer",
+            "training.memory",
             "training.metrics",
             "training.transfer",
             "training.lease",

@@ -197,13 +197,14 @@ def first_goes_first() -> Iterator[None]:
     """What is done within is done by the first process alone, and then by all others.
 
     For what leaves files behind that the others find, where they share a disk. No computation on
-    the devices.
+    the devices. No process goes on before all have done it: where one fails, none has gone further.
     """
     if not is_first():
         from_first(lambda: None)
     yield
     if is_first():
         from_first(lambda: None)
+    gather(None)
 
 
 def told_to_stop() -> bool:

@@ -22,6 +22,7 @@ from ddk_jax.training.bucket import RunFiles, run_lease, run_place
 from ddk_jax.training.build import Job
 from ddk_jax.training.checkpoint import Checkpoints, Saved
 from ddk_jax.training.evaluate import DomainNats
+from ddk_jax.training.memory import give_back
 from ddk_jax.training.metrics import (
     CheckpointEvent,
     EvaluationEvent,
@@ -162,6 +163,7 @@ class _Run:
         self.gap = math.nan
         self._pending: _Pending | None = None
         self.waited = 0.0
+        self._compiled = False
         self._saved_step = -1
         self._said_epochs: dict[str, int] = {}
 
@@ -221,6 +223,9 @@ class _Run:
             said = processes.from_first(lambda: to_json(self.steering.loss_weights))
             loss_weights = np.array(said)
         self.state, sums = self.train_step(self.state, self.job.weighed(loss_weights), batch)
+        if not self._compiled:
+            give_back()
+            self._compiled = True
         self.step += 1
         self._report()
         self._pending = _Pending(self.step, sums)
