@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -77,16 +78,23 @@ def _union_from_plain(kinds: Sequence[Any], value: Any, where: str) -> Any:
     return from_plain(kinds[0], value, where)
 
 
+@functools.cache
+def _hints(kind: Any) -> Mapping[str, Any]:
+    """Types of the fields: to evaluate annotations takes long."""
+    hints = typing.get_type_hints(kind)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
 def _dataclass_from_plain(kind: Any, value: Any, where: str) -> Any:
     if not isinstance(value, Mapping):
         raise UserError(f"{where or 'the file'}: needs keys and values, got {value!r}")
-    hints = {f.name: typing.get_type_hints(kind)[f.name] for f in dataclasses.fields(kind)}
+    hints = _hints(kind)
     prefix = f"{where}." if where else ""
     other = getattr(kind, "OTHER_KEYS", None)
     if other is not None:
         own = {key: item for key, item in value.items() if key in hints and key != other}
         rest = {key: item for key, item in value.items() if key not in own}
-        value, hints = own | {other: rest}, hints | {other: Any}
+        value, hints = own | {other: rest}, {**hints, other: Any}
     for key in value:
         if key not in hints:
             raise UserError(f"unknown key {prefix}{key}: {suggest(str(key), list(hints))}")

@@ -21,6 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ddk_jax.losses.chunked import (
     ChunkPlan,
     LossInputs,
+    aligned_heads,
     chunk_tokens,
     chunked_objective,
     sharded_objective,
@@ -460,6 +461,24 @@ def test_padding_columns_are_no_tokens(shards: int, devices: list[jax.Device]) -
     np.testing.assert_allclose(nats(head, inputs)[:, :, 0], expected, rtol=1e-5)
     same_width, inputs = logits_problem(wide, [np.pad(teacher, ((0, 0), (0, 3)))], labels)
     np.testing.assert_allclose(nats_of(same_width, inputs, vocab_size=10), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("shards", "width"), [(1, 10), (4, 12)])
+def test_heads_are_brought_to_one_width_once(
+    shards: int, width: int, devices: list[jax.Device]
+) -> None:
+    mesh = make_mesh(1, 1, shards, devices=devices[:shards])
+    align = partial(
+        aligned_heads, plan=ChunkPlan(tokens=2, vocab_size=10), mesh=mesh, vocab_axis=VOCAB_AXIS
+    )
+    narrow, wide = (Head(jnp.ones((4, columns))) for columns in (13, 17))
+    ours, (theirs,) = align(narrow, (wide,))
+    assert ours.kernel.shape == theirs.kernel.shape == (4, width)
+    # Later, as in every micro-batch, nothing is copied; a head as it was follows the others.
+    copies = re.compile(r"\b(slice|pad)\[")
+    assert not copies.search(str(jax.make_jaxpr(align)(ours, (theirs,))))
+    again, _ = align(narrow, (theirs,))
+    assert again.kernel.shape == (4, width)
 
 
 def test_fit_cuts_and_pads_columns() -> None:

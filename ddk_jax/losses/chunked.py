@@ -208,14 +208,18 @@ def sharded_objective(
         made ahead, for several calls. None: it is made here.
     """
     plan = replace(plan, vocab_shards=mesh.shape[vocab_axis])
-    whole, _ = _aligned(gathered or student_head, inputs, plan, mesh, vocab_axis)
-    student_head, inputs = _aligned(student_head, inputs, plan, mesh, vocab_axis)
+    teacher = inputs.teacher
+    theirs = () if teacher is None else teacher.heads
+    whole, _ = aligned_heads(gathered or student_head, theirs, plan, mesh, vocab_axis)
+    student_head, theirs = aligned_heads(student_head, theirs, plan, mesh, vocab_axis)
+    if teacher is not None:
+        teacher = teacher._replace(heads=theirs)
+        inputs = inputs._replace(teacher=teacher)
     shared = tuple(axis for axis in data_axes if mesh.shape[axis] > 1)
     if not shared:  # XLA refuses a sum over one shard that leaves other axes to the partitioner
         return chunked_objective(student_hidden, student_head, inputs, terms, plan)
     rows, none = PartitionSpec(shared), PartitionSpec()
     by_row = PartitionSpec(None, shared)
-    teacher = inputs.teacher
     specs = LossInputs(
         teacher=None
         if teacher is None
@@ -264,11 +268,15 @@ def _stand_in_backward(shared: tuple[str, ...], _: None, gradient: Head) -> tupl
 _stand_in.defvjp(_stand_in_forward, _stand_in_backward)
 
 
-def _aligned(
-    student_head: Head, inputs: LossInputs, plan: ChunkPlan, mesh: Mesh, vocab_axis: str
-) -> tuple[Head, LossInputs]:
-    """Heads over one vocabulary with the same columns, as many on every device of the axis."""
-    shards = plan.vocab_shards
+def aligned_heads(
+    student: Head, teachers: tuple[Head, ...], plan: ChunkPlan, mesh: Mesh, vocab_axis: str
+) -> tuple[Head, tuple[Head, ...]]:
+    """Heads over one vocabulary with the same columns, as many on every device of `vocab_axis`.
+
+    What another width means is a copy of a whole head: to be made once, outside of a loop over
+    micro-batches. Heads that are aligned come back as they are.
+    """
+    shards = mesh.shape[vocab_axis]
 
     def aligned(head: Head, tokens: int, others: tuple[Head, ...]) -> Head:
         widths = {other.kernel.shape[1] for other in others}
@@ -280,16 +288,12 @@ def _aligned(
         columns = NamedSharding(mesh, PartitionSpec(PartitionSpec.UNCONSTRAINED, vocab_axis))
         return head._replace(kernel=jax.lax.with_sharding_constraint(head.kernel, columns))
 
-    teacher = inputs.teacher
-    if teacher is None:
-        return aligned(student_head, plan.vocab_size, (student_head,)), inputs
     if plan.teacher_vocab_size:
-        student = aligned(student_head, plan.vocab_size, (student_head,))
-        heads = [aligned(h, plan.teacher_vocab_size, teacher.heads) for h in teacher.heads]
-    else:
-        together = (student_head, *teacher.heads)
-        student, *heads = (aligned(head, plan.vocab_size, together) for head in together)
-    return student, inputs._replace(teacher=teacher._replace(heads=tuple(heads)))
+        ours = aligned(student, plan.vocab_size, (student,))
+        return ours, tuple(aligned(h, plan.teacher_vocab_size, teachers) for h in teachers)
+    together = (student, *teachers)
+    ours, *theirs = (aligned(head, plan.vocab_size, together) for head in together)
+    return ours, tuple(theirs)
 
 
 def _cut(student_hidden: Array, inputs: LossInputs, chunk: int) -> _Chunk:

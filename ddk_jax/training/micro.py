@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, UInt32
 
-from ddk_jax.losses.chunked import ChunkPlan, LossInputs, sharded_objective
+from ddk_jax.losses.chunked import ChunkPlan, LossInputs, aligned_heads, sharded_objective
 from ddk_jax.losses.objective import Objective, WeightedTerm, make_term, needs_teacher
 from ddk_jax.losses.state_terms import StateLayers, StateTerm, state_layers
 from ddk_jax.losses.states import filtered_readouts
@@ -77,7 +77,7 @@ class Frozen(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """LM heads whose rows are all on every device: gathered once, for all micro-batches."""
+    """LM heads with the same columns, and all rows on every device: made once in a step."""
 
     student: Head
     teachers: tuple[Head, ...]
@@ -114,7 +114,10 @@ class MicroLoss:
         """The heads, for any number of calls with these parameters."""
         ours = self.student.head(self._of_student(params, frozen))
         models = () if self.teachers is None else self.teachers.models
-        return Heads(gathered(ours, self.mesh), teacher_heads(models, frozen.teachers, self.mesh))
+        theirs = tuple(m.head(p) for m, p in zip(models, frozen.teachers, strict=True))
+        if needs_teacher(self.objective):  # before they are gathered: what is cut off stays away
+            ours, theirs = aligned_heads(ours, theirs, self.plan, self.mesh, VOCAB_AXIS)
+        return Heads(gathered(ours, self.mesh), tuple(gathered(h, self.mesh) for h in theirs))
 
     def _of_student(self, params: Any, frozen: Frozen) -> Any:
         """What the student's decoder reads."""
@@ -276,13 +279,6 @@ def gathered(head: Head, mesh: Mesh) -> Head:
         where = NamedSharding(mesh, PartitionSpec(*axes))
         kernel = jax.lax.with_sharding_constraint(kernel, where)
     return jax.lax.stop_gradient(head._replace(kernel=kernel))
-
-
-def teacher_heads(
-    models: tuple[Model, ...], params: tuple[Any, ...], mesh: Mesh
-) -> tuple[Head, ...]:
-    """Every teacher's, `gathered`."""
-    return tuple(gathered(m.head(p), mesh) for m, p in zip(models, params, strict=True))
 
 
 def label_inputs(micro: Batch, scale: Float[Array, "K B T"]) -> LossInputs:

@@ -25,11 +25,11 @@ from ddk_jax.training.micro import (
     MicroLoss,
     Teachers,
     draws,
+    gathered,
     label_inputs,
     on_mesh,
     paired,
     teacher_forward,
-    teacher_heads,
     teacher_targets,
 )
 from ddk_jax.training.state import Batch, StepSums, TrainState
@@ -156,7 +156,8 @@ def make_eval_step(models: Teachers, mesh: Mesh, *, num_domains: int, plan: Chun
 
     def step(params: Any, batch: Batch) -> DomainSums:
         zeros = jnp.zeros(num_domains, jnp.float32)
-        heads = teacher_heads(models.models, params, mesh)
+        pairs = zip(models.models, params, strict=True)
+        heads = tuple(gathered(model.head(each), mesh) for model, each in pairs)
 
         def add(total: DomainSums, micro: Batch) -> tuple[DomainSums, None]:
             return jax.tree.map(jnp.add, total, micro_sums(params, heads, micro)), None
