@@ -542,7 +542,9 @@ def head_gathers(plan: Plan, config: Config) -> int:
         return 0
     assert config.teacher.spec is not None
     specs = (config.student.spec, config.teacher.spec)
-    heads = {spec.vocab_size * spec.hidden_size for spec in specs}
+    # A wider one is cut to the narrower before it is gathered.
+    widths = {spec.vocab_size for spec in specs}
+    heads = {width * spec.hidden_size for spec in specs for width in widths}
     return sum(count for shape, count in gathers.sizes.items() if shape.size in heads)
 
 
@@ -574,7 +576,7 @@ def test_four_chips_train_a_paper_s_pair_in_small_steps() -> None:
         teacher={"dtype": "int8"},
     )
     plan = make_plan(config, "v5e:2x2", train_only=True)
-    assert plan.fits and plan.spare >= 0.1, plan_text("2x2", plan)
+    assert plan.fits and plan.spare >= 0.15, plan_text("2x2", plan)
 
 
 @pytest.mark.slow

@@ -172,7 +172,7 @@ def export(
     dtype: Any = jnp.float32,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     card: str,
-    figures: Mapping[str, bytes] | None = None,
+    files: Mapping[str, bytes] | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Write a model directory that transformers, vLLM and `load` read.
@@ -189,7 +189,7 @@ def export(
       max_shard_bytes: a larger model is split into files of at most this size, except where one
         tensor alone is larger.
       card: text of README.md, the model card.
-      figures: content of files that the card shows, by name.
+      files: content of further files, such as the figures of the card, by name.
       progress: told how far it is.
 
     Raises:
@@ -225,7 +225,7 @@ def export(
                 max_shard_bytes=max_shard_bytes,
                 progress=progress,
             )
-            _write_rest(spec, partial, tokenizer, np.dtype(dtype).name, card, figures or {})
+            _write_rest(spec, partial, tokenizer, np.dtype(dtype).name, card, files or {})
             names = sorted(path.name for path in partial.iterdir())
             small = [name for name in names if name not in digests]
             digests |= hashes(partial, small, "hashing")
@@ -266,7 +266,7 @@ def _write_rest(
     tokenizer: Tokenizer,
     dtype: str,
     card: str,
-    figures: Mapping[str, bytes],
+    files: Mapping[str, bytes],
 ) -> None:
     """Write everything but the weights."""
     token_ids = _write_tokenizer(tokenizer, directory)
@@ -275,7 +275,7 @@ def _write_rest(
     known = {key: value for key, value in token_ids.items() if value is not None}
     write_json(directory / "generation_config.json", known)
     (directory / "README.md").write_text(card, encoding="utf-8")
-    for name, content in figures.items():
+    for name, content in files.items():
         (directory / name).write_bytes(content)
 
 

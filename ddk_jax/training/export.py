@@ -63,7 +63,7 @@ def export_run(run_dir: Path, out: Place, *, dtype: str = "float32") -> Place:
             tokenizer_dir=student.tokenizer,
             dtype=jnp.dtype(dtype),
             card=card,
-            figures=shown,
+            files=shown,
             progress=line.update,
         )
     _log.info("event=export step=%d dir=%s", student.step, out)

@@ -89,7 +89,7 @@ def import_gguf(
             tokenizer_dir=source,
             dtype=jnp.dtype(dtype),
             card=_card(file, dtype, loaded.end_token),
-            figures=files,
+            files=files,
             progress=progress,
         )
     _log.info("event=import file=%s dir=%s end_token=%s", path.name, directory, loaded.end_token)
