@@ -104,6 +104,7 @@ def test_positions_restart_with_every_segment() -> None:
     np.testing.assert_array_equal(segment_positions(segments), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_layers", "pattern"),
     [(1, ("global",) * 2), (3, ("global",) * 2), (5, ("local", "global")), (7, ("local",) * 6)],
@@ -171,6 +172,7 @@ def reference_gradients(
         return jax.grad(loss, argnums=(0, 1))(layers, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pattern", "remat", "collect"),
     [
@@ -341,6 +343,7 @@ def test_initial_values_have_the_declared_spread() -> None:
         assert abs(float(jnp.std(leaf)) / expected - 1) < 5 / math.sqrt(2 * leaf.size), name
 
 
+@pytest.mark.slow
 def test_initial_values_do_not_depend_on_the_devices_or_on_the_pattern(
     devices: list[jax.Device],
 ) -> None:

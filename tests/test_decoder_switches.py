@@ -99,6 +99,7 @@ def packed(seed: int = 1) -> np.ndarray:
     return np.concatenate(documents(7, 12, 5, 4, seed=seed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_packed_documents_equal_the_reference_of_each(variant: str) -> None:
     spec = spec_of(variant)

@@ -183,6 +183,7 @@ def test_what_it_may_lose_to_ddk(world, mean, worst):
     assert difference[0] < mean and difference[1] < worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", ["random_learner", "random_juggler"])
 def test_it_has_the_smallest_mean_gap_over_random_students(world):
     ours = outcomes(world, Elasticity(), seeds=5)[:, 0]

@@ -129,6 +129,7 @@ def test_log_probabilities_are_those_of_the_model(decoder: Decoder, params: Para
     assert (np.asarray(found.sampling_log_probs) != np.asarray(found.log_probs))[:, :6].all()
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_key_and_no_other_prompt(decoder: Decoder, params: Params) -> None:
     free = {"temperature": 1.0}
     one = new_tokens(decoder, params, [[1], [2]], **free)

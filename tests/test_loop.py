@@ -268,6 +268,7 @@ def test_eight_devices_give_the_losses_of_one(
         np.testing.assert_allclose(ours, [x[key] for x in finished.of(event)], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_micro_batches_give_the_losses_of_whole_batches(
     finished: Finished, tiny_root: Path, tmp_path: Path
 ) -> None:
@@ -635,6 +636,7 @@ def test_a_finished_run_under_a_harmless_other_setting_keeps_its_record(
     assert not (run_dir / "metrics.jsonl.orphan").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_made_longer(
     finished: Finished, tiny_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

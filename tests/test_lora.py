@@ -54,6 +54,7 @@ def leaves(tree: Params) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in flat}
 
 
+@pytest.mark.slow
 def test_new_adapters_change_nothing(base: Params) -> None:
     made = LORA.init(jax.random.key(1), base, DECODER.logical_axes())
     np.testing.assert_array_equal(hidden(LORA.adapted(base, made)), hidden(base))
@@ -110,6 +111,7 @@ def test_axes_name_every_axis_of_every_adapter(adapters: Params) -> None:
     assert ranks == jax.tree.map(jnp.ndim, adapters)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_merged_model(base: Params, adapters: Params) -> None:
     """By the chain rule: da = scale * dW b^T, db = scale * a^T dW."""
 

@@ -654,6 +654,7 @@ def streams(config: DataConfig) -> dict[tuple[str, str], list[tuple[list[int], l
     }
 
 
+@pytest.mark.slow
 def test_how_the_work_is_cut_changes_nothing_but_the_number_of_shards(
     config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -717,6 +718,7 @@ prepare.prepare(CONFIG, progress=print)
 """
 
 
+@pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_with_the_same_bytes(
     config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

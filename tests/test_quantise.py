@@ -97,6 +97,7 @@ def logits(decoder: Decoder, params: Any, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(run(params))
 
 
+@pytest.mark.slow
 def test_a_quantised_model_computes_with_its_rounded_weights(exported: Path) -> None:
     """Loaded as integers and scales, as was announced; all else is as it was."""
     mesh, float32 = make_mesh(1, 2, 1, devices=jax.devices()[:2]), jnp.dtype(jnp.float32)

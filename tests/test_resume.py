@@ -97,6 +97,7 @@ def test_stopped_at_five_steps_and_continued(
     assert_as_uninterrupted(config, finished, interruptions)
 
 
+@pytest.mark.slow
 def test_a_controller_that_follows_the_batches_forgets_none_of_them(
     tiny_root: Path, tmp_path: Path, interruptions: Interruptions
 ) -> None:
@@ -131,6 +132,7 @@ def test_a_controller_that_follows_the_batches_forgets_none_of_them(
     assert Job(tiny.config(tiny_root, tmp_path, mixture=fixed)).prior == pytest.approx(average)
 
 
+@pytest.mark.slow
 def test_stopped_while_it_starts_and_while_it_measures(
     finished: Finished,
     tiny_root: Path,

@@ -48,6 +48,7 @@ def by_convention(
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shards", "temperature"), [(1, 1.0), (4, 2.5)])
 def test_targets_of_the_top_k_give_the_loss_of_a_live_teacher(
     shards: int, temperature: float

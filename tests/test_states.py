@@ -223,6 +223,7 @@ def test_hidden_losses_equal_a_float64_reference(
         np.testing.assert_array_equal(frozen, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_tokens", [3, 128])
 def test_relations_equal_a_float64_reference(block_tokens: int) -> None:
     student, teacher = projections()
@@ -383,6 +384,7 @@ def test_relation_heads_must_divide_all_widths(heads: int) -> None:
         relation_loss((), (), heads=heads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [MSE, COSINE, relation_loss])
 def test_bfloat16_states_compute_near_float32(loss: Callable[..., jax.Array]) -> None:
     arguments: Any = tuple(states())[:3]

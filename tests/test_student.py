@@ -81,6 +81,7 @@ def test_an_export_has_the_adapters_merged_and_the_rest_as_it_was(
     np.testing.assert_allclose(job.measure(job.student, out).nats, ours.nats, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_adapters_go_with_the_student_that_they_were_trained_on(
     tiny_root: Path, tmp_path: Path
 ) -> None:

@@ -89,6 +89,7 @@ def random_requests(count: int, longest: int, seed: int = 0) -> list[Request]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_tokens", [5, 70])
 @settings(max_examples=15)
 @given(data=st.data())
