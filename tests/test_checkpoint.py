@@ -393,6 +393,7 @@ def settled() -> Iterator[None]:
     gc.collect()
 
 
+@pytest.mark.slow
 @orbax_noise
 @pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("how", ["flip", "truncate", "delete", "empty", "append"])

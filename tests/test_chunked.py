@@ -488,6 +488,7 @@ def test_fit_cuts_and_pads_columns() -> None:
     assert fit(head, 5).kernel.shape == (2, 5)
 
 
+@pytest.mark.slow
 def test_a_mixture_of_teachers() -> None:
     rng = np.random.default_rng(2)
     student = rng.normal(size=(4, V))
@@ -801,6 +802,7 @@ def collectives(program: str, kinds: str) -> list[tuple[str, list[list[int]]]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_sharded_equals_dense(name: str, on_meshes: dict[str, tuple[Answer, str]]) -> None:
     found, _ = on_meshes[name]
@@ -809,6 +811,7 @@ def test_sharded_equals_dense(name: str, on_meshes: dict[str, tuple[Answer, str]
     check(found, on_meshes["one"][0], 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_the_vocabulary_stays_where_it_is(
     name: str, on_meshes: dict[str, tuple[Answer, str]]

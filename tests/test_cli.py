@@ -466,6 +466,7 @@ def test_export_without_a_checkpoint(ddk, run_dir, tmp_path):
     assert said.code == 64 and "not saved a checkpoint yet" in said.err
 
 
+@pytest.mark.slow
 def test_reading_a_run_leaves_its_checkpoints_alone(ddk, run_dir):
     before = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     assert ddk("generate", run_dir, "the cat", "--max-new-tokens", 2).code == 0
@@ -479,6 +480,7 @@ def test_report_of_one_run_and_of_two(ddk, run_dir, finished, tmp_path):
     assert said.code == 0 and "Comparison of 2 runs" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_generate_continues_each_prompt_the_same_way_again(ddk, run_dir, exported):
     options = ["--max-new-tokens", 5, "--temperature", 0]
     said = ddk("generate", run_dir, "the cat", "12", *options)
@@ -490,6 +492,7 @@ def test_generate_continues_each_prompt_the_same_way_again(ddk, run_dir, exporte
     assert drawn[0] == drawn[1] != ""
 
 
+@pytest.mark.slow
 def test_generate_reads_prompts_from_a_file_and_answers(ddk, exported, tmp_path):
     lines = tmp_path / "prompts.txt"
     lines.write_text("the cat\n\n12\n")
@@ -548,6 +551,7 @@ def test_inspect_finds_what_the_package_ships(ddk):
     assert ddk("inspect", "assets:corpus").code == 64  # text, neither data nor model
 
 
+@pytest.mark.slow
 def test_prune_writes_a_student_and_says_what_is_left(ddk, tiny_root, tmp_path):
     options = ["--data", tiny_root / "data", "--out", tmp_path / "s", "--layers", 1, "--ffn", 20]
     said = ddk("prune", tiny_root / "teacher", *options, "--method", "first", "--rows", 2)

@@ -150,6 +150,7 @@ def test_a_config_survives_being_saved(tmp_path):
     assert (tmp_path / "again.yaml").read_bytes() == (tmp_path / "saved.yaml").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_digest_sees_every_field():
     """Changing any field, to any depth, changes the digest; naming a default does not."""
     config = from_plain(Config, FULL)

@@ -196,7 +196,8 @@ def test_rows_beyond_the_learned_positions_are_refused() -> None:
         jax.eval_shape(decoder.apply, decoder.abstract(), ids, ids, ids)
 
 
-@pytest.mark.parametrize("remat", [pytest.param("none", marks=pytest.mark.slow), "full"])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "full"])
 def test_gradients_of_capped_scores_and_logits_equal_the_reference(remat: Any) -> None:
     spec = dataclasses.replace(spec_of("gemma"), num_heads=2, num_kv_heads=1)
     decoder = Decoder(spec=spec, remat=remat)

@@ -77,6 +77,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", PUBLISHED)
 def test_published_values(temperature: float) -> None:
     x = table.at(published(), temperature=temperature)

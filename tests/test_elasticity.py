@@ -168,6 +168,7 @@ def test_it_beats_ddk_and_equal_sampling_where_some_gaps_never_close():
         assert np.all(ours < outcomes("slow_and_stuck", other))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "mean", "worst"),
     [

@@ -77,6 +77,7 @@ def first_difference(ours: Any, theirs: Any) -> str:
 # --- parity with transformers -------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.torch
 @pytest.mark.parametrize("name", VARIANTS)
 def test_imported_models_equal_transformers_layer_by_layer(saved: Any, name: str) -> None:

@@ -83,6 +83,7 @@ def new_tokens(decoder: Decoder, params: Params, prompts: list[list[int]], **cha
 
 
 # All batches have two prompts, so that the tests share programs.
+@pytest.mark.slow
 def test_greedy_follows_the_most_probable_token(decoder: Decoder, params: Params) -> None:
     for prompts in ([[1], [2, 3, 4]], [[5] * 9, [6]]):
         expected = [greedy_chain(params, prompt[-1], 6) for prompt in prompts]
@@ -142,6 +143,7 @@ def test_sampling_follows_the_key_and_no_other_prompt(decoder: Decoder, params: 
     assert longer[0] == one[0]
 
 
+@pytest.mark.slow
 def test_the_narrowest_distributions_are_greedy(decoder: Decoder, params: Params) -> None:
     prompts = [[1], [2]]
     greedy = new_tokens(decoder, params, prompts)
@@ -200,7 +202,8 @@ WIDE = dataclasses.replace(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("tensor", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor", [2, 4])
 def test_a_mesh_generates_what_one_device_does(tensor: int, devices: list[jax.Device]) -> None:
     decoder = Decoder(spec=WIDE)
     params = randomised(decoder)
@@ -214,11 +217,9 @@ def test_a_mesh_generates_what_one_device_does(tensor: int, devices: list[jax.De
     np.testing.assert_allclose(together.log_probs, alone.log_probs, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.torch
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name == "gemma3" else [pytest.mark.slow]) for name in VARIANTS],
-)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_greedy_equals_transformers(name: str, tmp_path: Path) -> None:
     torch = torch_models.torch
     model = torch_models.random_model(tmp_path, VARIANTS[name])

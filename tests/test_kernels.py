@@ -67,6 +67,7 @@ def check_splash(shape: Shape, mesh: Mesh | None = None) -> None:
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_tpu_kernel_equals_plain_attention() -> None:
     check_splash(Shape(rows=1, tokens=130, heads=2, kv_heads=1, width=64, window=50))
 

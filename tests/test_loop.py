@@ -281,6 +281,7 @@ def test_micro_batches_give_the_losses_of_whole_batches(
 # The teacher.
 
 
+@pytest.mark.slow
 def test_the_teacher_is_measured_once_for_all_runs(
     tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -309,6 +310,7 @@ def test_the_teacher_is_measured_once_for_all_runs(
     assert measured[3:] == [teacher, student]
 
 
+@pytest.mark.slow
 def test_training_without_a_teacher(tiny_root: Path, tmp_path: Path) -> None:
     changes = {"mixture.prior": "natural", "mixture.interval_steps": 1, "train.max_intervals": 2}
     summary = train(tiny.config(tiny_root, tmp_path, **NO_TEACHER | changes))
@@ -418,6 +420,7 @@ def last_params(config: Config, run_dir: Path) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(restored.state.params)]
 
 
+@pytest.mark.slow
 def test_a_teacher_that_overflows_ends_the_run_with_a_diagnosis(
     tiny_root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -443,7 +446,8 @@ def test_a_teacher_that_overflows_ends_the_run_with_a_diagnosis(
         train(config)
 
 
-@pytest.mark.parametrize("rate", [pytest.param(1e30, marks=pytest.mark.slow), 3e38])
+@pytest.mark.slow
+@pytest.mark.parametrize("rate", [1e30, 3e38])
 def test_a_learning_rate_that_is_far_too_large_never_reaches_a_checkpoint_as_nan(
     tiny_root: Path, tmp_path: Path, rate: float
 ) -> None:

@@ -681,6 +681,7 @@ def test_how_the_work_is_cut_changes_nothing_but_the_number_of_shards(
     ]
 
 
+@pytest.mark.slow
 def test_any_number_of_processes_writes_the_same_bytes(
     config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

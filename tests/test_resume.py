@@ -184,6 +184,7 @@ def crash() -> None:
     raise Crash
 
 
+@pytest.mark.slow
 def test_broken_between_checkpoints_and_started_again(
     finished: Finished, tiny_root: Path, tmp_path: Path, interruptions: Interruptions
 ) -> None:

@@ -60,6 +60,7 @@ def continued(prompt: str, model: Any, tokenizer: Tokenizer, **changes: Any) -> 
     return text
 
 
+@pytest.mark.slow
 def test_a_text_is_continued_up_to_the_end_token(tokenizer: Tokenizer) -> None:
     assert continued("xa", follower("a", "bcd", tokenizer), tokenizer) == "bcd"
 

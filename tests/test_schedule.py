@@ -67,6 +67,7 @@ def controller_weights(rng: np.random.Generator, size: int) -> np.ndarray:
     return 0.5 * normalised(rng.exponential(size=size) ** 2) + 0.5 / size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4, 8, 12, 24])
 @pytest.mark.parametrize("every", [1, 3, 16, 100])
 def test_live_changes_hold_one_point_one_rows(size: int, every: int) -> None:

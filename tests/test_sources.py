@@ -115,6 +115,7 @@ def zstd(raw: bytes) -> bytes:
     return pyarrow.compress(raw, "zstd", asbytes=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("suffix", "compress"), [(".gz", gzip.compress), (".xz", lzma.compress), (".zst", zstd)]
 )

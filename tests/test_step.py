@@ -486,14 +486,8 @@ def decoder_run(name: str) -> tuple[Any, list[StepSums]]:
     return run(decoders(name), BATCHES)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=() if name == "all" else pytest.mark.slow)
-        for name in MESHES
-        if name != "one"
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in MESHES if name != "one"])
 def test_a_mesh_gives_what_one_device_gives(name: str) -> None:
     state, sums = decoder_run("one")
     found_state, found_sums = decoder_run(name)

@@ -159,6 +159,7 @@ def gathers_of_columns(program: Program, vocab_size: int) -> int:
     return sum(n for shape, n in sizes.items() if {vocab_size, vocab_size // 2} & set(shape.dims))
 
 
+@pytest.mark.slow
 def test_heads_are_gathered_once_and_the_batch_nowhere(compiled: Compiled) -> None:
     """There are two micro-batches. The third gather is of the gradient of the table, whose columns
     the tensor axis shares as a head, but not as a table."""
@@ -170,15 +171,18 @@ def test_heads_are_gathered_once_and_the_batch_nowhere(compiled: Compiled) -> No
     assert found.collectives["all-reduce"].largest.size < of_batch
 
 
+@pytest.mark.slow
 def test_the_partitioner_never_gives_up(compiled: Compiled) -> None:
     """It says so where it makes an array whole on all devices, to cut it anew."""
     assert "ematerialization" not in compiled.complaints
 
 
+@pytest.mark.slow
 def test_the_state_takes_the_place_of_the_one_before(little: Step, compiled: Compiled) -> None:
     assert compiled.program.memory.alias_bytes == state_bytes(little.state)
 
 
+@pytest.mark.slow
 def test_nothing_is_sent_to_the_host(compiled: Compiled) -> None:
     for opcode in ("infeed", "outfeed", "send", "recv"):
         assert f" {opcode}(" not in compiled.text

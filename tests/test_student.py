@@ -40,6 +40,7 @@ def adapted(tiny_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
+@pytest.mark.slow
 def test_adapters_learn_and_are_all_that_a_checkpoint_holds(tiny_root: Path, adapted: Path) -> None:
     job = Job(lora_config(tiny_root, adapted))
     restored = read_latest(adapted / "checkpoints", job.abstract_state())
@@ -62,6 +63,7 @@ def test_adapters_learn_and_are_all_that_a_checkpoint_holds(tiny_root: Path, ada
     assert (after < before).all() and after.mean() < before.mean() - 0.01
 
 
+@pytest.mark.slow
 def test_an_export_has_the_adapters_merged_and_the_rest_as_it_was(
     tiny_root: Path, adapted: Path, tmp_path: Path
 ) -> None:

@@ -111,6 +111,7 @@ def test_every_token_is_predicted_once_from_what_fits_before_it(
         assert found.truncated == truncated
 
 
+@pytest.mark.slow
 def test_nothing_depends_on_order_batches_or_devices(devices: list[jax.Device]) -> None:
     requests = random_requests(40, 25)
     reference = score(requests)
