@@ -207,6 +207,17 @@ def test_axes_make_methods_of_values(tiny_root: Path, tmp_path: Path) -> None:
     assert weights == [1.0, 0.5]
 
 
+def test_a_variant_of_a_method_with_stages_may_be_the_method(
+    tiny_root: Path, tmp_path: Path
+) -> None:
+    staged = {"stages": {"one": {}}, "mixture": {"prior": "{one}", "alpha": 0.3}}
+    axes = {"alpha": {"method": "two", "key": "mixture.alpha", "values": [0.3, 0.4]}}
+    study = changed(tiny_root, tmp_path, methods={"kd": {}, "two": staged}, axes=axes)
+    assert study.axes["alpha"] == {"0.3": "two", "0.4": "two_alpha_0.4"}
+    varied = study.cell("two_alpha_0.4", 0)
+    assert varied.config.mixture.prior == varied.stages[0].config.run.dir
+
+
 @pytest.mark.parametrize(
     ("tree", "message"),
     [

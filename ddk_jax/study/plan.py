@@ -181,10 +181,8 @@ class Study:
         found: dict[str, dict[str, str]] = {}
         for name, (axis, value) in self._all_variants.items():
             own = self.config.axes[axis].method
-            seed = self.config.seeds[0]
-            varied, plain = (self.cell(method, seed).config for method in (name, own))
-            is_same = replace(varied, run=plain.run) == plain
-            found.setdefault(axis, {})[str(value)] = own if is_same else name
+            varied, plain = (self._read(self._trees(m)[LAST], m, LAST) for m in (name, own))
+            found.setdefault(axis, {})[str(value)] = own if varied == plain else name
         return found
 
     @property
@@ -220,31 +218,37 @@ class Study:
         return {}
 
     def _made(self, method: str, seed: int, rate: float | None) -> Cell:
+        trees = self._trees(method, rate)
+        chosen = float(trees[LAST]["optim"]["learning_rate"])
+        directory = self.directory / method / f"rate_{chosen:g}" / f"seed_{seed}"
+        places = {name: str(directory / name) for name in trees}
+        stages = []
+        for name, tree in trees.items():
+            others = {n: p for n, p in places.items() if n != LAST}
+            config = self._read(_filled(tree, others), method, name)
+            run = replace(config.run, dir=places[name], seed=seed)
+            stages.append(Stage(name, replace(config, run=run)))
+        return Cell(method, seed, chosen, tuple(stages), directory)
+
+    def _trees(self, method: str, rate: float | None = None) -> dict[str, dict[str, Any]]:
+        """The configs of a method's stages, which name each other's directories as `{NAME}`."""
         axis = self._all_variants.get(method)
-        source = self.config.axes[axis[0]].method if axis else method
-        described = self.config.methods[source]
-        parts = {**described.stages, LAST: described.changes}
+        described = self.config.methods[self.config.axes[axis[0]].method if axis else method]
         trees = {}
-        for name, changes in parts.items():
+        for name, changes in {**described.stages, LAST: described.changes}.items():
             tree = _merged(to_plain(self.base), changes)
             if rate is not None:
                 tree["optim"]["learning_rate"] = rate
             if axis and name == LAST:
                 _put(tree, self.config.axes[axis[0]].key, axis[1])
             trees[name] = tree
-        chosen = float(trees[LAST]["optim"]["learning_rate"])
-        directory = self.directory / method / f"rate_{chosen:g}" / f"seed_{seed}"
-        places = {name: str(directory / name) for name in parts}
-        stages = []
-        for name, tree in trees.items():
-            tree = _filled(tree, {n: p for n, p in places.items() if n != LAST})
-            try:
-                config = from_plain(Config, tree)
-            except UserError as error:
-                raise UserError(f"{self.name}: methods.{method}: {name}: {error}") from error
-            run = replace(config.run, dir=places[name], seed=seed)
-            stages.append(Stage(name, replace(config, run=run)))
-        return Cell(method, seed, chosen, tuple(stages), directory)
+        return trees
+
+    def _read(self, tree: Mapping[str, Any], method: str, stage: str) -> Config:
+        try:
+            return from_plain(Config, tree)
+        except UserError as error:
+            raise UserError(f"{self.name}: methods.{method}: {stage}: {error}") from error
 
     def cells(self, rate: float | None = None) -> list[Cell]:
         """The grid, seed by seed, so that every method has one result early."""
