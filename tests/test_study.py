@@ -21,6 +21,7 @@ from ddk_jax.errors import DivergedError, RunHeldError, UserError
 from ddk_jax.models.spec import ModelSpec
 from ddk_jax.study import grid as grid_module
 from ddk_jax.study.costs import RunCost, forward_flops, training_cost
+from ddk_jax.study.figures import weight_curves
 from ddk_jax.study.grid import Grid, Part, estimate
 from ddk_jax.study.page import write_page
 from ddk_jax.study.plan import load_study
@@ -530,6 +531,17 @@ def test_tables_say_what_the_results_are(tmp_path: Path) -> None:
     write_json(lost, tmp_path / "results.json")
     assert read_json(StudyResults, tmp_path / "results.json") == lost
     assert [row[1:3] for row in tables(lost)[0].rows][-1] == ("0.00 M", "-")
+
+
+def test_the_weights_of_every_method_are_inside_the_figure() -> None:
+    results = made_results()
+    first, *others = results.results
+    flat = replace(first, curve_weights=((0.5, 0.5),))
+    figure = weight_curves(replace(results, results=(flat, *others)))
+    for panel in figure.axes:
+        low, high = panel.get_ylim()
+        assert low == 0 and high > 0.9
+        assert max(np.max(line.get_ydata()) for line in panel.lines) <= high
 
 
 def test_a_file_that_is_no_result_is_named(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def panel_grid(
     for panel in panels[count:]:
         panel.remove()
     for title, panel in zip(titles, panels[:count], strict=True):
-        panel.set_title(plain(title, limit=80 // columns), fontweight="bold")
+        panel.set_title(plain(title, limit=84 // columns), fontweight="bold")
         # Below a removed panel nothing would carry the numbers of the column's axis.
         if rows * columns > count:
             panel.tick_params(labelbottom=True)

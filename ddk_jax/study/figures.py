@@ -86,7 +86,8 @@ def weight_curves(results: StudyResults) -> Figure:
         for index, column in enumerate(held.T):
             panel.plot(ends / scale, column, drawstyle="steps-post", **_line(index))
         panel.axhline(1 / len(results.domains), color=GREY, linestyle=":", linewidth=1.2, zorder=0)
-        panel.set_ylim(bottom=0)
+    # The panels share their scale, which stops growing once one end is set.
+    panels[0].set_ylim(bottom=0)
     return figure
 
 
