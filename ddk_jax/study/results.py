@@ -185,10 +185,10 @@ def measure_cell(study: Study, cell: Cell, cost: RunCost, seconds: float) -> Res
     """
     job = measuring_job(study, cell.config)
     run_dir = resolve_path(cell.config.run.dir)
-    restored = read_latest(run_dir / "checkpoints", job.abstract_state())
+    student = job.abstract_state().params["student"]
+    restored = read_latest(run_dir / "checkpoints", student, under="params/student")
     if restored is None:
         raise StorageError(f"{run_dir}: no checkpoint; remove the directory to run it again")
-    student = job.start.whole(restored.state.params["student"])
     record = load_run(run_dir)
     assert record.gap is not None
     return Result(
@@ -198,7 +198,7 @@ def measure_cell(study: Study, cell: Cell, cost: RunCost, seconds: float) -> Res
         digest=result_digest(study, cell),
         tokens=int(record.summary["tokens"]),
         row_tokens=cell.row_tokens,
-        measured=measure_student(job, student),
+        measured=measure_student(job, job.start.whole(restored.state)),
         cost=cost,
         weights=_rounded(record.summary["average_weights"]),
         curve_tokens=tuple(record.evaluation_tokens.tolist()),

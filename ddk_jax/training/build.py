@@ -95,10 +95,11 @@ def trained_filters(run_dir: str, layers: tuple[int, ...], mesh: Mesh) -> Array:
     assert loss.maps is not None
     if loss.maps.student != layers:
         raise UserError(f"{run_dir} has filters of layers {loss.maps.student}, not of {layers}")
-    restored = read_latest(directory / "checkpoints", job.abstract_state())
+    objective = job.abstract_state().params["objective"]
+    restored = read_latest(directory / "checkpoints", objective, under="params/objective")
     if restored is None:
         raise UserError(f"{run_dir}: the run has not saved a checkpoint yet")
-    return jax.device_put(restored.state.params["objective"][name]["map"], replicated(mesh))
+    return jax.device_put(restored.state[name]["map"], replicated(mesh))
 
 
 @dataclass(frozen=True)

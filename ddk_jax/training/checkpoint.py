@@ -250,13 +250,19 @@ class Checkpoints:
 
 
 def read_latest(
-    directory: AnyPath, abstract_state: PyTree[jax.ShapeDtypeStruct]
+    directory: AnyPath, abstract_state: PyTree[jax.ShapeDtypeStruct], *, under: str = ""
 ) -> Restored | None:
     """Read the newest checkpoint that is good, changing nothing in `directory`.
 
-    Arguments, result and errors are those of `Checkpoints.restore_latest`.
+    Args:
+        directory: where the checkpoints are.
+        abstract_state: shapes, types and shardings of what is read, in its structure.
+        under: path of the part that is read, as `params/student`; nothing else is then read or
+            verified. Empty: the whole state.
+
+    Result and errors are those of `Checkpoints.restore_latest`.
     """
-    return _read_newest(whole_path(directory), abstract_state)[0]
+    return _read_newest(whole_path(directory), abstract_state, under)[0]
 
 
 def _orbax_context() -> ocp.Context:
@@ -269,9 +275,10 @@ def _orbax_context() -> ocp.Context:
     return context
 
 
-def _reading_context() -> ocp.Context:
+def _reading_context(*, partial: bool) -> ocp.Context:
     """Without orbax's own barriers: where one process fails, the others would wait in them."""
     context = _orbax_context()
+    context.pytree.loading.partial_load = partial
     if processes.count() > 1:
         context.multiprocessing.primary_host = processes.index()
         context.multiprocessing.active_processes = {processes.index()}
@@ -319,14 +326,14 @@ def _digest(body: dict[str, Any]) -> str:
 
 
 def _read_newest(
-    directory: AnyPath, abstract_state: PyTree[jax.ShapeDtypeStruct]
+    directory: AnyPath, abstract_state: PyTree[jax.ShapeDtypeStruct], under: str = ""
 ) -> tuple[Restored | None, list[int]]:
     """Return the newest good checkpoint and the steps of the damaged ones that are newer."""
     steps = processes.from_first(lambda: saved_steps(directory))
     damaged: list[int] = []
     for step in steps:
         try:
-            return _read(directory / str(step), step, abstract_state), damaged
+            return _read(directory / str(step), step, abstract_state, under), damaged
         except _DamagedError as error:
             damaged.append(step)
             older = steps[len(damaged) :]
@@ -342,14 +349,16 @@ def _read_newest(
     return None, []
 
 
-def _read(path: AnyPath, step: int, abstract_state: PyTree[jax.ShapeDtypeStruct]) -> Restored:
+def _read(
+    path: AnyPath, step: int, abstract_state: PyTree[jax.ShapeDtypeStruct], under: str
+) -> Restored:
     """Read and verify one checkpoint.
 
     Raises:
         _DamagedError: it cannot be read, or something in it is not what was saved.
         UserError: it is good, but holds another structure.
     """
-    body = _found_by_all(lambda: _unseal(_load(path, _HOST, None)))
+    body = _found_by_all(lambda: _unseal(_load(path, _HOST)))
     if body["format"] != _FORMAT:
         raise UserError(
             f"checkpoint {path} has format {body['format']}, and this version of ddk_jax reads "
@@ -357,9 +366,13 @@ def _read(path: AnyPath, step: int, abstract_state: PyTree[jax.ShapeDtypeStruct]
         )
     if body["step"] != step:
         raise _DamagedError(f"it was saved as checkpoint {body['step']}")
-    targets = {name: _placed(leaf) for name, leaf in _named_leaves(abstract_state).items()}
-    _check_structure(path, body["leaves"], targets)
-    arrays = _found_by_all(lambda: _load(path, _ARRAYS, targets))
+    prefix = f"{under}/" if under else ""
+    leaves = _named_leaves(abstract_state)
+    targets = {prefix + name: _placed(leaf) for name, leaf in leaves.items()}
+    saved = {name: leaf for name, leaf in body["leaves"].items() if name.startswith(prefix)}
+    _check_structure(path, saved, targets)
+    partial = len(saved) < len(body["leaves"])
+    arrays = _found_by_all(lambda: _load(path, _ARRAYS, targets, partial=partial))
     found = checksums({name: arrays[name] for name in targets})
     wrong = [name for name in targets if found[name] != body["checksums"][name]]
     if wrong:
@@ -385,9 +398,15 @@ def _found_by_all(read: Callable[[], T]) -> T:
     return made[0]
 
 
-def _load(path: AnyPath, name: str, target: dict[str, jax.ShapeDtypeStruct] | None) -> Any:
+def _load(
+    path: AnyPath,
+    name: str,
+    target: dict[str, jax.ShapeDtypeStruct] | None = None,
+    *,
+    partial: bool = False,
+) -> Any:
     try:
-        with _reading_context():
+        with _reading_context(partial=partial):
             return ocp.load_checkpointables(str(path), {name: target})[name]
     # Damaged files surface as almost any exception, from several libraries.
     except Exception as error:

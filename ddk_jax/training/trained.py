@@ -115,12 +115,13 @@ def load_student(run_dir: Path) -> TrainedModel:
         raise UserError(f"{run_dir}: not a run directory (no config.yaml)")
     config = load_config(run_dir / "config.yaml")
     job = Job(replace(config, mesh=_MESH))
-    restored = read_latest(run_dir / "checkpoints", job.abstract_state())
+    student = job.abstract_state().params["student"]
+    restored = read_latest(run_dir / "checkpoints", student, under="params/student")
     if restored is None:
         raise UserError(f"{run_dir}: the run has not saved a checkpoint yet; wait for the first")
     return TrainedModel(
         decoder=job.student,
-        params=job.start.merged(restored.state.params["student"]),
+        params=job.start.merged(restored.state),
         tokenizer=resolve_path(config.data.dir) / TOKENIZER,
         config=config,
         step=restored.step,
