@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from quick import QUICK
 
 from ddk_jax.losses.targets import finish
 from ddk_jax.models.collect import Collect, Collected
 from ddk_jax.models.decoder import Decoder, Params, segment_positions
 from ddk_jax.models.spec import ModelSpec
 
-QUICK = {"xla_backend_optimization_level": 0}
-"""Compiler options for programs that take longer to compile than to run."""
 SPEC = ModelSpec(
     vocab_size=64,
     hidden_size=32,

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from quick import QUICK
 
 from ddk_jax.losses.bild import bild
 from ddk_jax.losses.divergences import (
@@ -32,9 +33,6 @@ from ddk_jax.losses.ranked import adaptive_kl, top_k_overlap, uld
 from ddk_jax.losses.sparse import draw_targets, sampled_cross_entropy, sampled_kl
 from ddk_jax.losses.targets import clipped_excess
 from ddk_jax.losses.truncated import bounded_kl, top_k_kl, top_p_kl
-
-QUICK: Any = {"xla_backend_optimization_level": 0}
-"""Compiler options for programs that take longer to compile than to run."""
 
 
 def compiled(function: Callable[..., Any], *arrays: Any, **static: Any) -> Any:

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import QUICK
 
 from ddk_jax.models.attention import attention, causal_segment_mask
 
-QUICK: Any = {"xla_backend_optimization_level": 0}
 B, T, H, D = 2, 6, 4, 8
 
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoder_reference import QUICK, randomised
+from decoder_reference import randomised
+from quick import QUICK
 from test_decoder_switches import VARIANTS, spec_of
 
 from ddk_jax.models.cache import Cache, KeyValues, Past, Rows, entries, visible_entries

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from jax.extend.core import jaxprs_in_params
 from jax.sharding import NamedSharding, PartitionSpec
+from quick import EXACT
 
 from ddk_jax.losses.chunked import (
     ChunkPlan,
@@ -40,9 +41,6 @@ from ddk_jax.losses.sums import domain_sums
 from ddk_jax.losses.targets import Head, TeacherTargets, fit
 from ddk_jax.parallel.mesh import DATA_AXES, VOCAB_AXIS, make_mesh, param_shardings
 
-QUICK: Any = {"xla_backend_optimization_level": 0, "xla_allow_excess_precision": False}
-"""Compiler options for programs that take longer to compile than to run. Without the second, XLA
-leaves out some of the roundings to bfloat16 that the program asks for."""
 B, T, E, E_T, V = 3, 5, 7, 6, 11
 CHUNKS = (1, 4, 5, 64)
 """One token, not dividing the 15 tokens, dividing them, and more than there are."""
@@ -175,7 +173,7 @@ def placed(
     return hidden, head, inputs_of(teacher, labels, role, scale, objective)
 
 
-@partial(jax.jit, static_argnums=(0, 1), compiler_options=QUICK)
+@partial(jax.jit, static_argnums=(0, 1), compiler_options=EXACT)
 def value_and_gradient(
     objective: Objective,
     chunk: int,
@@ -250,7 +248,7 @@ def test_rounded_logits_are_rounded_once_and_only_for_gradients() -> None:
     exact = {n: getattr(p, n).astype(jnp.bfloat16).astype(np.float64) for n in Problem._fields[:4]}
     plan = ChunkPlan(tokens=4, round_logits=True)
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @partial(jax.jit, compiler_options=EXACT)
     def both(hidden: jax.Array, head: jax.Array) -> Any:
         def value(hidden: jax.Array, head: jax.Array) -> Any:
             return chunked_objective(hidden, Head(head), inputs, OBJECTIVE, plan)
@@ -288,7 +286,7 @@ def test_gradient_agrees_with_finite_differences() -> None:
 def test_nothing_flows_into_the_teacher_or_out_of_the_nats() -> None:
     hidden, head, inputs = placed(problem(), DDK_KINDS)
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @partial(jax.jit, compiler_options=EXACT)
     @partial(jax.grad, argnums=(0, 1))
     def gradients(teacher: TeacherTargets, hidden: jax.Array) -> jax.Array:
         detached = jax.lax.stop_gradient(hidden)
@@ -416,7 +414,7 @@ def test_bias_and_soft_cap_of_a_head() -> None:
     head = head._replace(bias=jnp.asarray(bias, jnp.float32), softcap=jnp.float32(1.5))
     hidden = selectors(3)
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @partial(jax.jit, compiler_options=EXACT)
     @partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
     def chunked(hidden: jax.Array, head: Head) -> Any:
         return chunked_objective(hidden, head, inputs, DDK, ChunkPlan(tokens=2))
@@ -564,7 +562,7 @@ def test_float32_sums_of_many_bfloat16_tokens() -> None:
     # 4096 tokens of log 8 each: a bfloat16 sum would stop growing long before the end.
     objective = (make_term("cross_entropy"),)
 
-    @partial(jax.jit, compiler_options=QUICK)
+    @partial(jax.jit, compiler_options=EXACT)
     def value(ones: jax.Array) -> jax.Array:
         zeros = jnp.zeros((4, 1024, 2), jnp.bfloat16)
         inputs = inputs_of(None, ones, ones, jnp.ones((1, 4, 1024)), objective)
@@ -695,7 +693,7 @@ nats_and_weights = st.tuples(
 )
 
 
-sums_by_domain = jax.jit(partial(domain_sums, num_domains=3), compiler_options=QUICK)
+sums_by_domain = jax.jit(partial(domain_sums, num_domains=3), compiler_options=EXACT)
 
 
 @given(nats_and_weights)
@@ -780,7 +778,7 @@ def on_mesh(sizes: tuple[int, int, int], devices: list[jax.Device]) -> tuple[Ans
         jax.value_and_grad(objective, argnums=(0, 1), has_aux=True),
         out_shardings=((None, None), (hidden.sharding, head.sharding)),
     )
-    program = function.lower(hidden, head, inputs).compile(compiler_options=QUICK)
+    program = function.lower(hidden, head, inputs).compile(compiler_options=EXACT)
     (value, nats), gradients = program(hidden, head, inputs)
     return Answer(float(value), *map(np.asarray, (nats, *gradients))), program.as_text() or ""
 

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoder_reference import (
-    QUICK,
     SPEC,
     documents,
     layers_of,
@@ -23,6 +22,7 @@ from decoder_reference import (
     run,
 )
 from jax.sharding import NamedSharding, PartitionSpec
+from quick import QUICK
 
 from ddk_jax.models import hf
 from ddk_jax.models.collect import NOTHING, Collect, Collected

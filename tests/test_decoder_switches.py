@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from decoder_reference import (
-    QUICK,
     SPEC,
     documents,
     layers_of,
@@ -20,6 +19,7 @@ from decoder_reference import (
     reference,
     run,
 )
+from quick import QUICK
 
 from ddk_jax.models.decoder import Decoder, num_parameters, segment_positions
 from ddk_jax.models.spec import ModelSpec, RopeScaling

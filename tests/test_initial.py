@@ -6,11 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import QUICK
 
 from ddk_jax.models.initial import normal, parameter_keys, threefry
-
-QUICK = {"xla_backend_optimization_level": 0}
-"""Compiler options for programs that take longer to compile than to run."""
 
 
 def words(*values: int) -> tuple[jax.Array, jax.Array]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.interpreters import partial_eval
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from quick import QUICK
 
 from ddk_jax.models.attention import attention, causal_segment_mask
 from ddk_jax.models.decoder import Decoder
@@ -19,7 +20,6 @@ from ddk_jax.models.spec import ModelSpec
 from ddk_jax.parallel.compiled import compile_program, topology
 from ddk_jax.parallel.mesh import DATA_AXES, make_mesh
 
-QUICK: Any = {"xla_backend_optimization_level": 0}
 SCALE = 0.3
 
 

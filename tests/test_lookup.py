@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from quick import QUICK
 
 from ddk_jax.models.lookup import look_up, share_rows
 from ddk_jax.parallel.mesh import DATA_AXES, make_mesh
 
-QUICK: Any = {"xla_backend_optimization_level": 0}
 V, E, B, T = 11, 8, 8, 3
 
 

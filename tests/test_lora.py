@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from quick import QUICK
 
 from ddk_jax.models.decoder import Decoder, Params, segment_positions
 from ddk_jax.models.lora import LoRA, LowRank
 from ddk_jax.models.spec import ModelSpec
 
-QUICK = {"xla_backend_optimization_level": 0}
 # Three layers in a pattern of two: a stacked one of each kind, and one in the tail.
 SPEC = ModelSpec(
     vocab_size=32,

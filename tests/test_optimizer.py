@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from quick import QUICK
 
 from ddk_jax.config import OptimConfig
 from ddk_jax.models.decoder import Decoder
 from ddk_jax.models.spec import ModelSpec
 from ddk_jax.training.optimizer import learning_rate, make_optimizer
 
-QUICK: Any = {"xla_backend_optimization_level": 0}
 STEPS, WARMUP = 12, 3
 CONFIG = OptimConfig(
     learning_rate=3e-3,

@@ -15,6 +15,7 @@ import small_model
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from quick import QUICK
 
 from ddk_jax.losses.targets import finish
 from ddk_jax.models.decoder import Decoder, segment_positions
@@ -22,8 +23,6 @@ from ddk_jax.models.quantise import Quantised, is_quantised, quantised
 from ddk_jax.parallel.mesh import make_mesh
 from ddk_jax.training.build import Job
 from ddk_jax.training.loaded import abstract_params, load_model
-
-QUICK: Any = {"xla_backend_optimization_level": 0}
 
 
 def flat(tree: Any) -> dict[tuple[str, ...], Any]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from quick import QUICK
 
 from ddk_jax.errors import UserError
 from ddk_jax.models.sampling import Choice, Sampling, choose
@@ -18,7 +19,7 @@ from ddk_jax.models.sampling import Choice, Sampling, choose
 V = 16
 
 
-@partial(jax.jit, static_argnums=3, compiler_options={"xla_backend_optimization_level": 0})
+@partial(jax.jit, static_argnums=3, compiler_options=QUICK)
 def draw(logits: Any, keys: Any, step: Any, method: Any, numbers: Any) -> Choice:
     return choose(logits, keys, step, method, numbers)
 

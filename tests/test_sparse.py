@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import loss_table as table
 import numpy as np
 import pytest
-from loss_table import QUICK, Logits, compiled
+from loss_table import Logits, compiled
+from quick import QUICK
 
 from ddk_jax.losses.sparse import (
     SampledTargets,

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
+from quick import QUICK
 
 from ddk_jax.losses.chunked import ChunkPlan, LossInputs, chunked_objective
 from ddk_jax.losses.objective import make_term
@@ -32,8 +33,6 @@ from ddk_jax.models.decoder import Decoder, segment_positions
 from ddk_jax.models.spec import ModelSpec
 from ddk_jax.parallel.mesh import DATA_AXES, make_mesh
 
-QUICK: Any = {"xla_backend_optimization_level": 0}
-"""Compiler options for programs that take longer to compile than to run."""
 N, B, T, S, U, F = 2, 2, 7, 6, 8, 5
 SEGMENTS = np.array([[1, 1, 1, 1, 1, 1, 1], [1, 1, 2, 2, 2, 0, 0]], np.int32)
 MASK = np.array([[1, 1, 0, 1, 1, 1, 0], [1, 1, 1, 0, 1, 0, 0]], bool)

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from quick import QUICK
 
 from ddk_jax.config import OptimConfig
 from ddk_jax.losses.chunked import ChunkPlan
@@ -35,8 +36,6 @@ from ddk_jax.training.state import (
 )
 from ddk_jax.training.step import TrainStep, make_eval_step, make_train_step, predicted
 
-QUICK: Any = {"xla_backend_optimization_level": 0}
-"""Compiler options for programs that take longer to compile than to run."""
 R, T, V, E, D = 8, 6, 16, 8, 3
 POISON = V - 1
 """A token that makes the gradient of one parameter of the `Bag` NaN; random rows have none."""

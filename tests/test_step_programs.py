@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from quick import QUICK
 
 from ddk_jax.config import OptimConfig
 from ddk_jax.losses.chunked import ChunkPlan
@@ -30,7 +31,6 @@ from ddk_jax.training.state import Batch, TrainState, initial_state, state_shard
 from ddk_jax.training.step import TrainStep, make_train_step
 
 GIB = 2**30
-QUICK: Any = {"xla_backend_optimization_level": 0}
 DDK: Objective = (make_term("cross_entropy"), make_term("forward_kl", weight=0.2))
 
 
