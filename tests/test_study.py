@@ -34,7 +34,14 @@ from ddk_jax.study.results import (
     write_json,
 )
 from ddk_jax.study.statistics import mean, paired, t_distribution, t_quantile
-from ddk_jax.study.tables import MEASURES, differences_table, mean_gap, tables, worst_gap
+from ddk_jax.study.tables import (
+    MEASURES,
+    differences_table,
+    mean_gap,
+    measures_table,
+    tables,
+    worst_gap,
+)
 from ddk_jax.training.lease import RunLease
 
 ROOT = Path(__file__).parents[1]
@@ -523,6 +530,8 @@ def test_tables_say_what_the_results_are(tmp_path: Path) -> None:
     assert row[:2] == ("ddk", f"{expected.value:+.4f}")
     found = {table.title: table for table in tables(results)}
     assert [row[0] for row in found["Measures"].rows] == ["student untouched", "kd", "ddk"]
+    assert found["Measures"].note.startswith("Means over the seeds 0, 1, with")
+    assert measures_table(replace(results, seeds=(0,))).note.startswith("Seed 0. ")
     assert [row[1] for row in found["Other learning rates"].rows] == ["0.1", "0.2"]
     page = write_page(results, tmp_path)
     assert "Differences to kd" in page.read_text() and (tmp_path / "gaps.svg").is_file()

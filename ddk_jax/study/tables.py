@@ -118,9 +118,11 @@ def measures_table(results: StudyResults) -> Table:
         rows.append((method, f"{np.mean(tokens) / 1e6:.2f} M", *cells))
     seeds = ", ".join(map(str, results.seeds))
     starved = ", ".join(results.domains[i] for i in results.starved)
+    several = len(results.seeds) > 1
+    which = f"Means over the seeds {seeds}, with standard errors." if several else f"Seed {seeds}."
     note = (
-        f"Means over the seeds {seeds}, with standard errors. Gaps and divergences are in nats per "
-        "token, all means over the domains count each domain the same."
+        f"{which} Gaps and divergences are in nats per token, all means over the domains count "
+        "each domain the same."
     )
     if starved:
         note += f" Starved by the prior: {starved}."
