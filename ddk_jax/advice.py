@@ -11,13 +11,14 @@ from pathlib import Path
 
 from ddk_jax.analysis import capacity
 from ddk_jax.analysis.tables import aligned_table
-from ddk_jax.config import Config, load_config, resolve_path
+from ddk_jax.config import Config, load_config
 from ddk_jax.data.tokenize import Tokenizer
 from ddk_jax.errors import UserError
 from ddk_jax.models import hf
 from ddk_jax.models.decoder import num_parameters
 from ddk_jax.models.hub import resolve
 from ddk_jax.models.spec import ModelSpec
+from ddk_jax.places import resolve_path
 
 LIMITS = """\
 The law of capacity gap (arXiv 2311.07052) was fitted to GPT-2 and Pythia, 70 M to 2.8 B, teachers

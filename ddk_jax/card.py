@@ -11,10 +11,11 @@ import yaml
 from ddk_jax import __version__
 from ddk_jax.analysis.runs import RunRecord
 from ddk_jax.analysis.tables import HEADER, domain_rows, row_cells
-from ddk_jax.config import ASSETS, Config
+from ddk_jax.config import Config
 from ddk_jax.data.shards import Manifest
 from ddk_jax.models.decoder import num_parameters
 from ddk_jax.models.spec import ModelSpec
+from ddk_jax.places import ASSETS
 from ddk_jax.plain import to_plain
 
 FIGURE = "mixture.png"

@@ -65,25 +65,22 @@ def train(config: Settings) -> None:
     """Distil a student as the config says, or continue the run in its run.dir."""
     from ddk_jax.analysis.runs import load_run
     from ddk_jax.analysis.tables import domain_table
-    from ddk_jax.config import resolve_path
     from ddk_jax.parallel.processes import is_first
+    from ddk_jax.places import resolve_place
     from ddk_jax.training.loop import train as run
 
     summary = run(config)
     if not is_first():
         return
-    if "://" in config.run.dir:
-        ended = summary.stop_reason != "preempted"
-        print("finished" if ended else f"saved at step {summary.steps}; the same command continues")
-        print(f"copy    gcloud storage rsync --recursive {config.run.dir} runs/NAME")
-        return
-    run_dir = resolve_path(config.run.dir)
+    run_dir = resolve_place(config.run.dir)
     if summary.stop_reason == "preempted":
         print(f"stopped and saved at step {summary.steps}; to continue:")
         print(f"  ddk train {run_dir / 'config.yaml'}")
     else:
         print(domain_table(load_run(run_dir)))
-        print(f"\nrun     {run_dir}\nreport  ddk report {run_dir}\nexport  ddk export {run_dir}")
+        there = "" if isinstance(run_dir, Path) else " --out DIR"
+        print(f"\nrun     {run_dir}\nreport  ddk report {run_dir}{there}")
+        print(f"export  ddk export {run_dir}")
 
 
 def evaluate(
@@ -141,20 +138,22 @@ def evaluate(
 
 
 def export(
-    run: Annotated[Positional[Path], arg(metavar="RUN")],
+    run: Annotated[Positional[str], arg(metavar="RUN")],
     out: Annotated[Positional[str | None], arg(metavar="[OUT]")] = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> None:
     """Write a run's newest student as a Hugging Face directory with tokenizer and model card.
 
     Args:
-      run: run directory.
+      run: run directory, also gs://...
       out: where to, also gs://...; default: RUN/export.
       dtype: type of the weights.
     """
+    from ddk_jax.places import resolve_place
     from ddk_jax.training.export import export_run
 
-    print(export_run(run, out or str(run / "export"), dtype=dtype))
+    place = resolve_place(run)
+    print(export_run(place, out or str(place / "export"), dtype=dtype))
 
 
 def import_(
@@ -185,19 +184,23 @@ def import_(
 
 
 def report(
-    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN...")], out: Path | None = None
+    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN...")], out: Path | None = None
 ) -> None:
     """Draw what happened in a run, or compare several: figures and one HTML page.
 
     Args:
-      runs: run directories.
-      out: where to; default for a single run: RUN/report.
+      runs: run directories, also gs://...
+      out: where to, on this machine; default for a single run: RUN/report.
     """
     from ddk_jax.analysis.report import write_report
+    from ddk_jax.places import resolve_place
 
     if out is None and len(runs) > 1:
         raise UserError("several runs: say with --out where their comparison goes")
-    print(write_report(runs, out or Path(*runs[:1]) / "report"))
+    place = out or resolve_place(runs[0] if runs else "") / "report"
+    if not isinstance(place, Path):
+        raise UserError("the run is in a bucket: say with --out where its report goes")
+    print(write_report(runs, place))
 
 
 def generate(

@@ -7,7 +7,6 @@ error with a suggestion. `digest` identifies the resolved config.
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
 import json
 import math
 from dataclasses import dataclass, field
@@ -18,9 +17,9 @@ import yaml
 
 from ddk_jax.errors import UserError
 from ddk_jax.models.spec import ModelSpec
+from ddk_jax.places import AnyPath, bucket_errors, resolve_place
 from ddk_jax.plain import from_plain, to_plain
 
-ASSETS = "assets:"
 Kind = TypeVar("Kind")
 
 
@@ -509,32 +508,22 @@ def _number_problems(value: float | ScheduleConfig, *, may_vanish: bool) -> list
     return problems
 
 
-def resolve_path(path: str) -> Path:
-    """`assets:NAME` as the path of a file shipped in the package; any other path as it is."""
-    if not path.startswith(ASSETS):
-        return Path(path).expanduser()
-    root = Path(str(importlib.resources.files("ddk_jax"))) / "assets"
-    resolved = (root / path.removeprefix(ASSETS)).resolve()
-    if not resolved.is_relative_to(root.resolve()):
-        raise UserError(f"{path}: leaves the package's assets")
-    return resolved
-
-
-def load_config(path: str | Path) -> Config:
+def load_config(path: str | AnyPath) -> Config:
     """Read a YAML file. Raises UserError with file, key and a suggestion."""
     return read_yaml(Config, path)
 
 
-def read_yaml(kind: type[Kind], path: str | Path) -> Kind:
+def read_yaml(kind: type[Kind], path: str | AnyPath) -> Kind:
     """Read a YAML file as a frozen dataclass, strictly.
 
     Raises:
       UserError: the file cannot be read, or its content is not of this kind; with file, key and a
         suggestion.
     """
-    path = Path(path)
+    path = resolve_place(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with bucket_errors(path, "read"):
+            text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
     try:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from ddk_jax import __version__
-from ddk_jax.config import Config, RunConfig, resolve_path
+from ddk_jax.config import Config, RunConfig
 from ddk_jax.data.shards import TOKENIZER
 from ddk_jax.data.tokenize import Tokenizer, same_tokens
 from ddk_jax.errors import UserError
@@ -26,7 +26,7 @@ from ddk_jax.inspection import size_text
 from ddk_jax.losses.objective import needs_teacher, term_factors
 from ddk_jax.models.decoder import num_parameters
 from ddk_jax.models.hub import resolve
-from ddk_jax.training.bucket import bucket_errors, run_place
+from ddk_jax.places import bucket_errors, resolve_path, resolve_place
 from ddk_jax.training.build import Job
 from ddk_jax.training.rundir import PACKAGES
 
@@ -159,7 +159,7 @@ def _run_directory(config: Config) -> Check:
 
 
 def _bucket(run_dir: str) -> Check:
-    probe = run_place(run_dir) / f"doctor.{uuid.uuid4().hex}"
+    probe = resolve_place(run_dir) / f"doctor.{uuid.uuid4().hex}"
     try:
         with bucket_errors(probe):
             probe.write_bytes(b"x")

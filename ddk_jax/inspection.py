@@ -10,22 +10,17 @@ import numpy as np
 
 from ddk_jax.analysis.runs import load_run
 from ddk_jax.analysis.tables import MEAN, aligned_table, domain_table, number
-from ddk_jax.config import resolve_path
 from ddk_jax.data.shards import is_prepared
 from ddk_jax.data.tokenize import Tokenizer
 from ddk_jax.errors import UserError
 from ddk_jax.models import hf
 from ddk_jax.models.decoder import num_parameters
-from ddk_jax.models.directory import (
-    CONFIG,
-    file_size,
-    read_json,
-    storage_errors,
-    weight_files,
-)
+from ddk_jax.models.directory import CONFIG, file_size, read_json, weight_files
 from ddk_jax.models.hub import Resolved, resolve
+from ddk_jax.places import AnyPath, bucket_errors, resolve_place, storage_errors
 from ddk_jax.prepared import describe_data
 from ddk_jax.tasks.scores import TaskScore
+from ddk_jax.training.checkpoint_files import saved_steps, set_aside
 from ddk_jax.training.metrics import read_metrics
 from ddk_jax.training.pruning import Pruned
 from ddk_jax.training.trained import Comparison, Measurement, is_run
@@ -40,10 +35,11 @@ def describe(path: str) -> str:
       UserError: there is no such directory, or it is none that this package knows.
       DataError, StorageError: it is one, but damaged.
     """
-    directory = resolve_path(path)
+    directory = resolve_place(path)
     if is_run(directory):
-        return _describe_run(directory)
-    if is_prepared(directory):
+        with bucket_errors(directory, "read"):
+            return _describe_run(directory)
+    if isinstance(directory, Path) and is_prepared(directory):
         return describe_data(directory)
     model = resolve(path)
     with storage_errors(model.directory):
@@ -64,7 +60,7 @@ def size_text(num_bytes: int | float) -> str:
     return f"{num_bytes:.0f} {_UNITS[power]}" if power == 0 else f"{num_bytes:.1f} {_UNITS[power]}"
 
 
-def _describe_run(directory: Path) -> str:
+def _describe_run(directory: AnyPath) -> str:
     metrics = directory / "metrics.jsonl"
     events = read_metrics(metrics) if metrics.is_file() else []
     evaluated = any(event.get("event") == "evaluation" for event in events)
@@ -72,15 +68,14 @@ def _describe_run(directory: Path) -> str:
     last = steps[-1] if steps else {"step": 0, "tokens": 0}
     identity, summary = _object(directory / "run.json"), _object(directory / "summary.json")
     versions = {"ddk_jax": identity.get("ddk_jax"), **identity.get("packages", {})}
-    names = sorted(path.name for path in (directory / "checkpoints").glob("*"))
-    saved = sorted((name for name in names if name.isdecimal()), key=int)
-    damaged = [name for name in names if ".corrupt" in name]
+    checkpoints = directory / "checkpoints"
+    saved = [*map(str, reversed(saved_steps(checkpoints))), *set_aside(checkpoints)]
     state = f"finished ({summary.get('stop_reason')})" if summary else "not finished"
     facts = {
         "run": str(directory),
         "state": state,
         "progress": f"{last['step']:,} steps, {last['tokens']:,} tokens",
-        "checkpoints": ", ".join([*saved, *damaged]) or "none yet",
+        "checkpoints": ", ".join(saved) or "none yet",
         "config digest": identity.get("config_digest", "unknown"),
         "versions": ", ".join(f"{name} {value}" for name, value in versions.items() if value),
         "devices": ", ".join(identity.get("devices", ())),
@@ -133,7 +128,7 @@ def _facts(facts: Mapping[str, str]) -> str:
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in facts.items())
 
 
-def _object(file: Path) -> Mapping[str, Any]:
+def _object(file: AnyPath) -> Mapping[str, Any]:
     """A JSON object; empty when there is no such file."""
     return read_json(file) if file.is_file() else {}
 

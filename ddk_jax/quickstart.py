@@ -15,11 +15,12 @@ import jax
 
 from ddk_jax.analysis.report import domain_table, write_report
 from ddk_jax.analysis.runs import load_run
-from ddk_jax.config import Config, load_config, resolve_path
+from ddk_jax.config import Config, load_config
 from ddk_jax.data.tokenize import Tokenizer
 from ddk_jax.models import hf
 from ddk_jax.models.decoder import Decoder
 from ddk_jax.models.sampling import Sampling
+from ddk_jax.places import resolve_path
 from ddk_jax.samples import continued_texts, stop_tokens
 from ddk_jax.training.corpus import prepare_corpus
 from ddk_jax.training.export import export_run

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -24,14 +25,19 @@ import tiny
 from etils import epath
 from tiny import Finished
 
-from ddk_jax import doctor
-from ddk_jax.config import Config, RunConfig
+from ddk_jax import cli, doctor
+from ddk_jax.analysis.report import write_report
+from ddk_jax.analysis.runs import load_run
+from ddk_jax.config import Config, RunConfig, load_config
 from ddk_jax.data.rows import HostBatch
 from ddk_jax.errors import RunHeldError, StorageError, UserError
+from ddk_jax.inspection import describe
+from ddk_jax.places import resolve_place
 from ddk_jax.training import bucket as module
-from ddk_jax.training.bucket import BucketLease, RunFiles, run_lease, run_place
+from ddk_jax.training.bucket import BucketLease, RunFiles, run_lease
 from ddk_jax.training.checkpoint import Checkpoints, read_latest
 from ddk_jax.training.checkpoint_files import saved_steps
+from ddk_jax.training.export import export_run
 from ddk_jax.training.lease import FILE_NAME, RunLease
 from ddk_jax.training.loop import train
 
@@ -47,7 +53,7 @@ def place(bucket: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> epath
     monkeypatch.setattr(module, "STALE_SECONDS", 0.1)
     monkeypatch.setattr(module, "HEARTBEAT_SECONDS", 0.01)
     monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path))
-    found = run_place(PLACE)
+    found = resolve_place(PLACE)
     assert isinstance(found, epath.Path)
     return found
 
@@ -60,7 +66,7 @@ def copies(directory: Path) -> list[Path]:
 
 
 def test_a_folder_is_its_own_place(tmp_path: Path) -> None:
-    assert run_place("runs/x") == Path("runs/x")
+    assert resolve_place("runs/x") == Path("runs/x")
     assert isinstance(run_lease(tmp_path), RunLease)
     with RunFiles(tmp_path) as files:
         assert files.directory == tmp_path
@@ -117,7 +123,7 @@ def test_without_the_package_there_is_a_hint(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(buckets.FakeBucket, "_open", missing)
     with (
         pytest.raises(UserError, match=r"pip install 'ddk_jax\[gcs\]'"),
-        run_lease(run_place(PLACE)),
+        run_lease(resolve_place(PLACE)),
     ):
         pass
 
@@ -267,12 +273,28 @@ def test_a_damaged_checkpoint_is_moved_aside(
 # A whole run.
 
 
+def test_what_is_no_run_in_a_bucket_says_so(
+    place: epath.Path, bucket: type[buckets.FakeBucket], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*words: str) -> str:
+        assert cli.main(words) != 0
+        return capsys.readouterr().err
+
+    assert f"{PLACE} is not a run directory" in said("report", PLACE, "--out", "x")
+    assert f"{PLACE}: not a run directory" in said("export", PLACE)
+    assert "in a bucket: say with --out" in said("report", PLACE)
+    assert "ftp://a/b: neither a path nor a place in a bucket" in said("export", "ftp://a/b")
+    (place / "config.yaml").write_text("run: {dir: x}")
+    bucket.broken.add("config.yaml")
+    assert "config.yaml: cannot be read (RuntimeError: 503" in said("export", PLACE)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_in_a_bucket_ends_with_the_bits_of_one_on_a_disk(
     finished: Finished, tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Broken once on the way; its directory is then copied to a disk and read there."""
+    """Broken once on the way; its directory is then copied to a disk, and both are read."""
 
     class Crash(Exception):
         pass
@@ -308,3 +330,16 @@ def test_a_run_in_a_bucket_ends_with_the_bits_of_one_on_a_disk(
     }
     assert "event=resume step=4" in (tmp_path / "copy" / "log.txt").read_text()
     assert tiny.outcome(tiny.config(tiny_root, tmp_path / "copy")) == tiny.outcome(finished.config)
+
+    there, here = load_run(PLACE), load_run(tmp_path / "copy")
+    assert there.name == "one" and there.summary == here.summary
+    np.testing.assert_array_equal(there.student_nats, here.student_nats)
+    page = write_report([PLACE], tmp_path / "report").read_text()
+    assert "ddk train gs://bucket/runs/one/config.yaml" in page
+    assert load_config(f"{PLACE}/config.yaml").run.dir == PLACE
+    assert re.search(r"state +finished.*\n.*\ncheckpoints +8, 12\n", describe(PLACE))
+    with tiny.quick_programs(monkeypatch):
+        export_run(place, tmp_path / "there")
+        export_run(tmp_path / "copy", tmp_path / "here")
+    weights = [tmp_path / name / "model.safetensors" for name in ("there", "here")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()

@@ -24,11 +24,11 @@ from ddk_jax.config import (
     SourceConfig,
     TrainConfig,
     load_config,
-    resolve_path,
     save_config,
 )
 from ddk_jax.errors import UserError
 from ddk_jax.models.spec import RopeScaling
+from ddk_jax.places import resolve_path
 from ddk_jax.plain import from_plain, suggest, to_plain
 
 CONFIGS = sorted(

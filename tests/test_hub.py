@@ -20,13 +20,13 @@ import tiny
 from huggingface_hub import constants
 
 from ddk_jax.advice import advise, spec_size
-from ddk_jax.config import resolve_path
 from ddk_jax.errors import StorageError, UserError
 from ddk_jax.inspection import describe
 from ddk_jax.models import hf, hub
 from ddk_jax.models.decoder import Decoder
 from ddk_jax.models.families import canonical
 from ddk_jax.models.hub import Resolved, resolve
+from ddk_jax.places import resolve_path
 from ddk_jax.training.build import Job
 from ddk_jax.training.rundir import open_run
 

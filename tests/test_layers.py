@@ -23,7 +23,7 @@ ROOT = Path(ddk_jax.__file__).parent
 # entries of an inner list may import each other (without a cycle), all others of a level may not.
 LAYERS: list[list[list[str]]] = [
     [["errors"]],
-    [["models.spec"], ["plain"]],
+    [["models.spec"], ["plain"], ["places"]],
     [
         ["config"],
         ["losses"],

@@ -12,10 +12,10 @@ import nbformat
 import numpy as np
 import pytest
 
-from ddk_jax.config import resolve_path
 from ddk_jax.models import hf
 from ddk_jax.models.decoder import Decoder
 from ddk_jax.models.spec import ModelSpec
+from ddk_jax.places import resolve_path
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import tiny
 
-from ddk_jax.config import Config, load_config, resolve_path
+from ddk_jax.config import Config, load_config
 from ddk_jax.data.prepare import prepare
 from ddk_jax.models import hf
 from ddk_jax.models.decoder import Decoder
+from ddk_jax.places import resolve_path
 from ddk_jax.quickstart import quickstart_config
 from ddk_jax.training.export import export_run
 from ddk_jax.training.loop import train

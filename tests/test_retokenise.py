@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import tiny
 
-from ddk_jax.config import resolve_path
 from ddk_jax.data.retokenise import Retokeniser, teacher_length
 from ddk_jax.data.rows import HostBatch, open_rows
 from ddk_jax.data.tokenize import Tokenizer
+from ddk_jax.places import resolve_path
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog.",

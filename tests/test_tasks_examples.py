@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
 
-from ddk_jax.config import resolve_path
 from ddk_jax.data.sources import MultipleChoice
 from ddk_jax.data.tokenize import Tokenizer
 from ddk_jax.errors import DataError, UserError
+from ddk_jax.places import resolve_path
 from ddk_jax.tasks.examples import LastWord, Passage, Task, read_tasks
 from ddk_jax.tasks.requests import choice_requests, text_requests, word_requests
 

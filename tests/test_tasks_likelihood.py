@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh
 
-from ddk_jax.config import resolve_path
 from ddk_jax.data.sources import MultipleChoice
 from ddk_jax.data.tokenize import Tokenizer
 from ddk_jax.losses.targets import Head
@@ -21,6 +20,7 @@ from ddk_jax.models import hf
 from ddk_jax.models.attention import causal_segment_mask
 from ddk_jax.models.decoder import Decoder
 from ddk_jax.parallel.mesh import make_mesh
+from ddk_jax.places import resolve_path
 from ddk_jax.tasks import likelihood
 from ddk_jax.tasks.likelihood import Likelihood, likelihoods
 from ddk_jax.tasks.requests import Request, choice_requests

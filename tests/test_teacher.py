@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddk_jax.config import load_config, resolve_path
+from ddk_jax.config import load_config
 from ddk_jax.data.tokenize import Tokenizer, same_tokens
 from ddk_jax.models import hf
 from ddk_jax.models.decoder import Decoder, num_parameters
+from ddk_jax.places import resolve_path
 
 TEACHER = resolve_path("assets:teacher")
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune"

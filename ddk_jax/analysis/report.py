@@ -25,6 +25,7 @@ from ddk_jax.analysis.runs import (
 )
 from ddk_jax.analysis.tables import domain_rows, domain_table, number, row_cells
 from ddk_jax.errors import StorageError, UserError
+from ddk_jax.places import resolve_place, whole_path
 
 __all__ = [
     "KINDS",
@@ -173,7 +174,8 @@ def write_report(run_dirs: Sequence[str | PathLike[str]], out_dir: str | PathLik
     if not run_dirs:
         raise UserError("a report needs at least one run directory")
     # The same directory twice would compare a run with itself.
-    distinct = {Path(directory).resolve(): Path(directory) for directory in run_dirs}
+    places = map(resolve_place, run_dirs)
+    distinct = {whole_path(place): place for place in places}
     runs = with_unique_names(load_run(directory) for directory in distinct.values())
     out = Path(out_dir)
     try:

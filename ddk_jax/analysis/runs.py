@@ -10,7 +10,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ import yaml
 from jaxtyping import Float64, Int64
 
 from ddk_jax.errors import StorageError, UserError
+from ddk_jax.places import AnyPath, bucket_errors, resolve_place, whole_path
 from ddk_jax.training.metrics import read_metrics
 
 
@@ -29,7 +29,7 @@ class RunRecord:
     is still going, has an empty `summary`.
     """
 
-    path: Path
+    path: AnyPath
     """The run directory."""
     name: str
     """How tables and legends call the run."""
@@ -132,7 +132,7 @@ def load_run(directory: str | PathLike[str]) -> RunRecord:
     """Reads a run directory, finished or not.
 
     Args:
-        directory: A directory that `ddk train` or `ddk quickstart` wrote.
+        directory: A directory that `ddk train` or `ddk quickstart` wrote, or its place in a bucket.
 
     Returns:
         The record, with NaN where nothing was measured.
@@ -141,9 +141,11 @@ def load_run(directory: str | PathLike[str]) -> RunRecord:
         UserError: The directory is not a run, or the run has not evaluated its student yet.
         StorageError: A file in it cannot be read or is not what it should be.
     """
-    path = Path(directory)
+    path = resolve_place(directory)
     for needed in ("config.yaml", "metrics.jsonl"):
-        if not (path / needed).is_file():
+        with bucket_errors(path, "read"):
+            missing = not (path / needed).is_file()
+        if missing:
             raise UserError(
                 f"{path} is not a run directory (it has no {needed}): give the directory that "
                 f"`ddk train` wrote, the config's run.dir"
@@ -179,7 +181,7 @@ def with_unique_names(runs: Iterable[RunRecord]) -> list[RunRecord]:
         The same records in the same order, renamed where two directories have the same last part.
     """
     runs = list(runs)
-    parts = [run.path.resolve().parts for run in runs]
+    parts = [whole_path(run.path).parts for run in runs]
     named = []
     for run, own in zip(runs, parts, strict=True):
         depth = 1
@@ -215,7 +217,7 @@ def over_domains(reduce: Any, values: Float64[np.ndarray, "E D"]) -> Float64[np.
 
 
 def _record(
-    path: Path,
+    path: AnyPath,
     config: Mapping[str, Any],
     evaluations: list[dict[str, Any]],
     mixtures: list[dict[str, Any]],
@@ -229,7 +231,7 @@ def _record(
     names = dict.fromkeys(name for event in steps for name in event.get("terms", {}))
     return RunRecord(
         path=path,
-        name=path.resolve().name,
+        name=whole_path(path).name,
         domains=domains,
         config=config,
         identity={},
@@ -334,10 +336,11 @@ def _ratio(
     return np.divide(part, whole, out=np.full_like(part, np.nan), where=whole > 0)
 
 
-def _read_config(path: Path) -> Mapping[str, Any]:
+def _read_config(path: AnyPath) -> Mapping[str, Any]:
     # The strict reader in `config` would refuse runs of another version, which can be reported.
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with bucket_errors(path, "read"):
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise StorageError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
@@ -345,11 +348,10 @@ def _read_config(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        return {}
+def _read_json(path: AnyPath) -> Mapping[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with bucket_errors(path, "read"):
+            content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise StorageError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ddk_jax.config import DataConfig, resolve_path
+from ddk_jax.config import DataConfig
 from ddk_jax.data import leaks, merge
 from ddk_jax.data.convert import Feed, Task, Workshop, convert, is_done, read_summary, tasks_of
 from ddk_jax.data.shards import (
@@ -41,6 +41,7 @@ from ddk_jax.data.shards import (
 from ddk_jax.data.tokenize import Tokenizer
 from ddk_jax.data.workers import Pool, Progress, metered
 from ddk_jax.errors import DataError
+from ddk_jax.places import resolve_path
 
 SHARD_TOKENS = 2**28
 """Tokens of a shard, at most about."""

@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ddk_jax.config import DataConfig, SourceConfig, resolve_path
+from ddk_jax.config import DataConfig, SourceConfig
 from ddk_jax.data.assemble import Assembly, Input
 from ddk_jax.data.convert import Feed
 from ddk_jax.data.shards import (
@@ -54,6 +54,7 @@ from ddk_jax.data.sources import (
 from ddk_jax.data.tokenize import Tokenizer
 from ddk_jax.data.workers import Pool, Progress, metered
 from ddk_jax.errors import DataError, StorageError, UserError
+from ddk_jax.places import resolve_path
 from ddk_jax.plain import to_plain
 
 _INPUTS = "inputs"

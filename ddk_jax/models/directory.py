@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from etils import epath
-
 from ddk_jax.errors import StorageError, UserError
-from ddk_jax.models.tensors import AnyPath, StoredFile, StoredTensor, read_header
+from ddk_jax.models.tensors import StoredFile, StoredTensor, read_header
+from ddk_jax.places import AnyPath, storage_errors
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -42,53 +40,10 @@ TOKENIZER_FILES = (
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Takes what is being done (`reading`, ...), the bytes done, and the bytes in all."""
 
-_SCHEMES = ("gs://", "s3://", "az://")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _CHUNK_BYTES = 2**23
 _SETTLED_NS = 2 * 10**9
 """A file that was changed less than this before it was hashed may change within the same tick."""
-
-
-def model_path(path: str | os.PathLike[str]) -> AnyPath:
-    """A path on this machine, or in a bucket where it begins like `gs://`.
-
-    Raises:
-      UserError: an address of another kind.
-    """
-    text = os.fspath(path)
-    if "://" not in text:
-        return Path(text)
-    if not text.startswith(_SCHEMES):
-        raise UserError(
-            f"{text}: only directories, {', '.join(_SCHEMES)} and hub ids (owner/name) are read"
-        )
-    return epath.Path(text)
-
-
-@contextmanager
-def storage_errors(path: AnyPath, doing: str = "read") -> Iterator[None]:
-    """Turns what goes wrong at a path into errors that name it.
-
-    Raises:
-      UserError: the package that reaches the bucket is not installed.
-      StorageError: anything else; buckets have errors of many kinds.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except ImportError as error:
-        raise UserError(
-            f"{path}: needs a package that is not installed ({error}); for gs:// it is gcsfs: "
-            "pip install gcsfs"
-        ) from error
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be {doing} ({error.strerror or error})") from error
-    except Exception as error:
-        if isinstance(path, Path):
-            raise
-        said = f"{type(error).__name__}: {error}"
-        raise StorageError(f"{path}: cannot be {doing} ({said})") from error
 
 
 def weight_files(directory: AnyPath) -> list[AnyPath]:

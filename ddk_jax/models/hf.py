@@ -29,18 +29,15 @@ from ddk_jax.models.directory import (
     CONFIG,
     INDEX,
     TOKENIZER_FILES,
-    AnyPath,
     Progress,
     checksum_lines,
     checksums,
     file_size,
     hashes,
     inside,
-    model_path,
     open_tensors,
     read_json,
     some,
-    storage_errors,
     verify,
     weight_files,
     write_json,
@@ -49,6 +46,7 @@ from ddk_jax.models.load import Become, load_params
 from ddk_jax.models.save import write_weights
 from ddk_jax.models.spec import ModelSpec
 from ddk_jax.models.tensors import Tensor
+from ddk_jax.places import AnyPath, resolve_place, storage_errors
 
 MAX_SHARD_BYTES = 4 * 2**30
 
@@ -63,7 +61,7 @@ def read_spec(directory: str | os.PathLike[str]) -> ModelSpec:
         code of its own.
       StorageError: config.json is missing, not JSON, or differs from SHA256SUMS.
     """
-    directory = model_path(directory)
+    directory = resolve_place(directory)
     with storage_errors(directory):
         if directory.is_file():
             raise UserError(
@@ -103,7 +101,7 @@ def file_digest(directory: str | os.PathLike[str], progress: Progress | None = N
       UserError: there are no weights in safetensors.
       StorageError: a file is missing or cannot be read.
     """
-    directory = model_path(directory)
+    directory = resolve_place(directory)
     names = sorted([CONFIG, *(path.name for path in weight_files(directory))])
     listed = {} if isinstance(directory, Path) else checksums(directory)
     digests = {name: listed[name] for name in names if name in listed}
@@ -145,7 +143,7 @@ def load(
       StorageError: files that are missing, truncated, corrupt or outside of the directory, and
         NaN or infinite numbers.
     """
-    directory = model_path(directory)
+    directory = resolve_place(directory)
     spec = read_spec(directory) if spec is None else spec
     names = [INDEX, *(path.name for path in weight_files(directory))]
     if not isinstance(directory, Path):
@@ -196,7 +194,7 @@ def export(
       UserError: the tokenizer does not fit the model, or something else is at `directory`.
       StorageError: the directory cannot be written.
     """
-    directory, tokenizer = model_path(directory), Tokenizer(Path(tokenizer_dir))
+    directory, tokenizer = resolve_place(directory), Tokenizer(Path(tokenizer_dir))
     if tokenizer.vocab_size > spec.vocab_size:
         raise UserError(
             f"{tokenizer.file}: gives ids up to {tokenizer.vocab_size - 1}, the model has "

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ddk_jax.config import ASSETS, resolve_path
 from ddk_jax.errors import StorageError, UserError
 from ddk_jax.models.directory import (
     CHECKSUMS,
@@ -26,12 +25,10 @@ from ddk_jax.models.directory import (
     INDEX,
     TOKENIZER_FILES,
     WEIGHTS,
-    AnyPath,
-    model_path,
     refuse_pickles,
     shard_names,
-    storage_errors,
 )
+from ddk_jax.places import ASSETS, AnyPath, resolve_path, resolve_place, storage_errors
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +86,7 @@ def resolve(path: str, revision: str = "") -> Resolved:
       StorageError: the repository is not in the cache, and the hub cannot be reached.
     """
     if "://" in path:
-        return Resolved(model_path(path))
+        return Resolved(resolve_place(path))
     directory = resolve_path(path)
     if path.startswith(ASSETS) or directory.exists():
         return Resolved(directory)
@@ -140,7 +137,7 @@ def _local_tokenizer(directory: str) -> Path:
     """A copy of the tokenizer in a bucket, for as long as the process lives."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    source = model_path(directory)
+    source = resolve_place(directory)
     with storage_errors(source):
         for name in TOKENIZER_FILES:
             if (source / name).is_file():

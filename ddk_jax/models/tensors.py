@@ -14,14 +14,12 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
-from etils import epath
 
-AnyPath: TypeAlias = Path | epath.Path
-"""A path on this machine, or in a bucket (`gs://...`)."""
+from ddk_jax.places import AnyPath
 
 FLOAT_TYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),

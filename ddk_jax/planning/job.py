@@ -15,13 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ddk_jax.config import (
-    Config,
-    OtherTeacherConfig,
-    StudentConfig,
-    TeacherConfig,
-    resolve_path,
-)
+from ddk_jax.config import Config, OtherTeacherConfig, StudentConfig, TeacherConfig
 from ddk_jax.data.shards import (
     MANIFEST,
     DomainInfo,
@@ -36,6 +30,7 @@ from ddk_jax.models.decoder import Decoder
 from ddk_jax.models.hub import Resolved
 from ddk_jax.models.spec import ModelSpec
 from ddk_jax.parallel.mesh import DATA_AXES, data_shards, make_mesh
+from ddk_jax.places import resolve_path
 from ddk_jax.training.build import Job
 from ddk_jax.training.loaded import (
     Loaded,

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from ddk_jax.config import Config, load_config, resolve_path
+from ddk_jax.config import Config, load_config
 from ddk_jax.errors import DivergedError, RunHeldError, UserError
+from ddk_jax.places import resolve_path
 from ddk_jax.study.costs import run_cost
 from ddk_jax.study.page import write_page
 from ddk_jax.study.plan import Cell, Study, load_study

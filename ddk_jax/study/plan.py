@@ -11,8 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from ddk_jax.config import Config, load_config, read_yaml, resolve_path
+from ddk_jax.config import Config, load_config, read_yaml
 from ddk_jax.errors import UserError
+from ddk_jax.places import resolve_path
 from ddk_jax.plain import from_plain, suggest, to_plain
 
 LAST = "run"

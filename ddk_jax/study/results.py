@@ -16,9 +16,10 @@ import numpy as np
 from jaxtyping import Float64
 
 from ddk_jax.analysis.runs import load_run
-from ddk_jax.config import Config, resolve_path
+from ddk_jax.config import Config
 from ddk_jax.errors import StorageError, UserError
 from ddk_jax.losses.objective import make_term
+from ddk_jax.places import resolve_path
 from ddk_jax.plain import to_plain
 from ddk_jax.study.costs import RunCost
 from ddk_jax.study.plan import Cell, Study

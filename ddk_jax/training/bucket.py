@@ -15,17 +15,16 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any
 
 from etils import epath
 
-from ddk_jax.config import resolve_path
 from ddk_jax.errors import RunHeldError, StorageError, UserError
 from ddk_jax.parallel import processes
+from ddk_jax.places import AnyPath, bucket_errors
 from ddk_jax.training.lease import (
     FILE_NAME,
     HEARTBEAT_SECONDS,
@@ -39,46 +38,10 @@ from ddk_jax.training.lease import (
 
 _log = logging.getLogger(__name__)
 
-AnyPath: TypeAlias = Path | epath.Path
-"""A path on this machine, or in a bucket."""
-
 SETTLE_SECONDS = 5.0
 """Wait to see which of two contenders wrote last."""
 LOOK_SECONDS = 5.0
 """Time between two looks at the lease of another process."""
-
-
-def run_place(path: str) -> AnyPath:
-    """Where a run directory is."""
-    return epath.Path(path) if "://" in path else resolve_path(path)
-
-
-@contextmanager
-def bucket_errors(place: AnyPath, doing: str = "written") -> Iterator[None]:
-    """Turns what goes wrong in a bucket, where errors are of many kinds, into errors of ours.
-
-    What goes wrong on a disk is left as it is.
-
-    Raises:
-      UserError: the package that reaches the bucket is not installed.
-      StorageError: anything else.
-    """
-    if isinstance(place, Path):
-        yield
-        return
-    try:
-        yield
-    except UserError:
-        raise
-    except ImportError as error:
-        raise UserError(
-            f"{place}: needs a package that is not installed ({error}): pip install 'ddk_jax[gcs]'"
-        ) from error
-    except Exception as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise StorageError(
-            f"{place}: cannot be {doing} ({said}); is the bucket there, and may you use it?"
-        ) from error
 
 
 class RunFiles:

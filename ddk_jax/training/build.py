@@ -19,7 +19,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from ddk_jax.config import Config, load_config, resolve_path
+from ddk_jax.config import Config, load_config
 from ddk_jax.data.pipeline import MixturePipeline
 from ddk_jax.data.retokenise import Retokeniser, teacher_length
 from ddk_jax.data.rows import DomainRows, HostBatch, open_rows
@@ -42,6 +42,7 @@ from ddk_jax.parallel.mesh import (
     make_mesh,
     replicated,
 )
+from ddk_jax.places import bucket_errors, resolve_path, resolve_place
 from ddk_jax.training.checkpoint import read_latest
 from ddk_jax.training.evaluate import DomainNats, Validation, cached
 from ddk_jax.training.loaded import TeacherSet, compute_dtype, data_tokenizer
@@ -83,9 +84,10 @@ def trained_filters(run_dir: str, layers: tuple[int, ...], mesh: Mesh) -> Array:
     Raises:
       UserError: the run has no such term, has saved nothing, or filtered other layers.
     """
-    directory = resolve_path(run_dir)
-    if not (directory / "config.yaml").is_file():
-        raise UserError(f"{run_dir}: not a run directory (no config.yaml)")
+    directory = resolve_place(run_dir)
+    with bucket_errors(directory, "read"):
+        if not (directory / "config.yaml").is_file():
+            raise UserError(f"{run_dir}: not a run directory (no config.yaml)")
     job = Job(load_config(directory / "config.yaml"))
     terms = {t.name: t.loss for t in job.objective if isinstance(t.loss, StateTerm)}
     filters = {name: loss for name, loss in terms.items() if loss.of_labels}

@@ -29,14 +29,13 @@ from orbax.checkpoint import v1 as ocp
 
 from ddk_jax.errors import StorageError, UserError
 from ddk_jax.parallel import processes
-from ddk_jax.training.bucket import AnyPath
+from ddk_jax.places import AnyPath, whole_path
 from ddk_jax.training.checkpoint_files import (
     delete,
     move_aside,
     remove_leftovers,
     saved_steps,
     set_aside,
-    whole_path,
 )
 from ddk_jax.training.checksums import checksums
 

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from ddk_jax.errors import StorageError
-from ddk_jax.training.bucket import AnyPath, bucket_errors
+from ddk_jax.places import AnyPath, bucket_errors
 
 _log = logging.getLogger(__name__)
 
@@ -19,11 +19,6 @@ _TEMPORARY = ".orbax-checkpoint-tmp"
 _DELETED = ".deleted"
 _CORRUPT = ".corrupt"
 _MARKER = "commit_success.txt"
-
-
-def whole_path(directory: AnyPath) -> AnyPath:
-    """The path from the root, or from the bucket."""
-    return directory.absolute() if isinstance(directory, Path) else directory
 
 
 def saved_steps(directory: AnyPath) -> list[int]:

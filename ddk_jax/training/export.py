@@ -12,9 +12,9 @@ from ddk_jax.analysis import figures
 from ddk_jax.analysis.drawing import png_bytes
 from ddk_jax.analysis.runs import load_run
 from ddk_jax.card import FIGURE, model_card
-from ddk_jax.config import resolve_path
 from ddk_jax.data.shards import read_manifest
 from ddk_jax.models import hf
+from ddk_jax.places import AnyPath, resolve_path
 from ddk_jax.training.trained import load_student
 from ddk_jax.training.transfer import TransferLine
 
@@ -23,14 +23,15 @@ _log = logging.getLogger(__name__)
 Place = TypeVar("Place", str, Path)
 
 
-def export_run(run_dir: Path, out: Place, *, dtype: str = "float32") -> Place:
+def export_run(run_dir: AnyPath, out: Place, *, dtype: str = "float32") -> Place:
     """Write the student of a run's newest checkpoint as a Hugging Face model directory.
 
     The directory appears whole or not at all (in a bucket: SHA256SUMS last); an earlier export in
     its place is replaced.
 
     Args:
-      run_dir: the run directory; the prepared data that its config names must still be there.
+      run_dir: the run directory, or its place in a bucket; the prepared data that its config names
+        must still be there.
       out: where to: a directory, or a place in a bucket such as `gs://bucket/student`.
       dtype: type of the written weights, `float32` or `bfloat16`.
 

@@ -13,13 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from ddk_jax.config import (
-    Config,
-    OtherTeacherConfig,
-    StudentConfig,
-    TeacherConfig,
-    resolve_path,
-)
+from ddk_jax.config import Config, OtherTeacherConfig, StudentConfig, TeacherConfig
 from ddk_jax.data.shards import TOKENIZER, Manifest
 from ddk_jax.data.tokenize import Tokenizer, same_tokens
 from ddk_jax.errors import UserError
@@ -31,6 +25,7 @@ from ddk_jax.models.load import Become, at
 from ddk_jax.models.quantise import is_quantised, quantised, quantised_shapes
 from ddk_jax.models.spec import ModelSpec
 from ddk_jax.parallel.mesh import param_shardings
+from ddk_jax.places import resolve_path
 from ddk_jax.plain import suggest
 from ddk_jax.training.micro import Teachers
 from ddk_jax.training.terms import make_objective

@@ -18,7 +18,8 @@ from ddk_jax.config import Config
 from ddk_jax.errors import DivergedError, UserError
 from ddk_jax.mixture.gaps import discrepancy
 from ddk_jax.parallel import processes
-from ddk_jax.training.bucket import RunFiles, run_lease, run_place
+from ddk_jax.places import resolve_place
+from ddk_jax.training.bucket import RunFiles, run_lease
 from ddk_jax.training.build import Job
 from ddk_jax.training.checkpoint import Checkpoints, Saved
 from ddk_jax.training.evaluate import DomainNats
@@ -81,7 +82,7 @@ def train(config: Config) -> RunSummary:
       UserError and its kinds (`ddk_jax.errors`): each with its exit code.
     """
     processes.join()
-    place = run_place(config.run.dir)
+    place = resolve_place(config.run.dir)
     lease = run_lease(place) if processes.is_first() else None
     with (
         processes.together(),

@@ -30,6 +30,7 @@ from typing import Any, ClassVar, SupportsFloat, SupportsInt
 from tqdm.auto import tqdm
 
 from ddk_jax.errors import StorageError
+from ddk_jax.places import AnyPath, bucket_errors
 
 _log = logging.getLogger(__name__)
 
@@ -246,13 +247,13 @@ def to_json(value: Any) -> Any:
     return value
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: AnyPath) -> list[dict[str, Any]]:
     """Read all lines of a metrics file, without a torn last one.
 
     Raises:
         StorageError: the file is missing, or another line than the last is not a JSON object.
     """
-    lines, broken = _parse(Path(path))
+    lines, broken = _parse(path)
     if broken:
         raise StorageError(
             f"{path}:{broken[0]}: not a JSON object; the file was damaged or edited: correct or "
@@ -318,10 +319,11 @@ def _split(path: Path, keep: set[int]) -> int:
     return len(moved)
 
 
-def _parse(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[int]]:
+def _parse(path: AnyPath) -> tuple[list[tuple[int, dict[str, Any]]], list[int]]:
     """Return (line number, event) of the good lines, and the numbers of the broken ones."""
     try:
-        whole = path.read_bytes().split(b"\n")[:-1]
+        with bucket_errors(path, "read"):
+            whole = path.read_bytes().split(b"\n")[:-1]
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error}; is this a run directory?") from error
     good: list[tuple[int, dict[str, Any]]] = []

@@ -16,14 +16,7 @@ from jaxtyping import Float64
 
 from ddk_jax import __version__
 from ddk_jax.card import model_name
-from ddk_jax.config import (
-    Config,
-    DataConfig,
-    EvalConfig,
-    MeshConfig,
-    TeacherConfig,
-    resolve_path,
-)
+from ddk_jax.config import Config, DataConfig, EvalConfig, MeshConfig, TeacherConfig
 from ddk_jax.data.rows import predicted_tokens
 from ddk_jax.data.shards import TOKENIZER
 from ddk_jax.errors import UserError
@@ -33,6 +26,7 @@ from ddk_jax.models.hub import resolve
 from ddk_jax.models.prune import Kept, Size, choose, first, nearest_size, prune
 from ddk_jax.models.spec import ModelSpec
 from ddk_jax.parallel.mesh import param_shardings
+from ddk_jax.places import resolve_path
 from ddk_jax.training.build import Job
 from ddk_jax.training.importance import Method, measure_importance, sampled_batches
 from ddk_jax.training.state import place_batch

@@ -16,8 +16,8 @@ import jax
 from ddk_jax import __version__
 from ddk_jax.config import Config, load_config, save_config
 from ddk_jax.errors import StorageError, UserError
+from ddk_jax.places import AnyPath
 from ddk_jax.plain import to_plain
-from ddk_jax.training.bucket import AnyPath
 from ddk_jax.training.checkpoint_files import saved_steps, set_aside
 
 _log = logging.getLogger(__name__)

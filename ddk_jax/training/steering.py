@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from ddk_jax.config import Config, MixtureConfig, resolve_path
+from ddk_jax.config import Config, MixtureConfig
 from ddk_jax.errors import UserError
 from ddk_jax.mixture.controller import Controller, ControllerState, FollowsTraining, observe
 from ddk_jax.mixture.controllers import CONTROLLERS, Static, advice, settings_of
 from ddk_jax.mixture.gaps import GAPS, measure
+from ddk_jax.places import bucket_errors, resolve_place
 from ddk_jax.plain import from_plain, suggest
 from ddk_jax.training.metrics import MixtureEvent, to_json
 from ddk_jax.training.rundir import SUMMARY
@@ -127,9 +128,10 @@ def prior_weights(
 
 def _average_weights(run_dir: str, domains: Sequence[str]) -> list[float]:
     """The average weights of a finished run, in the order of the domains."""
-    path = resolve_path(run_dir) / SUMMARY
+    path = resolve_place(run_dir) / SUMMARY
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        with bucket_errors(path, "read"):
+            summary = json.loads(path.read_text(encoding="utf-8"))
         found = dict(zip(summary["domains"], summary["average_weights"], strict=True))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

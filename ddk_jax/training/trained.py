@@ -12,12 +12,13 @@ import jax
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from ddk_jax.config import Config, DataConfig, EvalConfig, MeshConfig, load_config, resolve_path
+from ddk_jax.config import Config, DataConfig, EvalConfig, MeshConfig, load_config
 from ddk_jax.data.shards import TOKENIZER
 from ddk_jax.data.tokenize import Tokenizer, same_tokens
 from ddk_jax.errors import UserError
 from ddk_jax.losses.objective import Roles, make_term
 from ddk_jax.models.decoder import Decoder
+from ddk_jax.places import AnyPath, bucket_errors, resolve_path, resolve_place
 from ddk_jax.tasks.examples import read_tasks
 from ddk_jax.tasks.scores import TaskScore, score_tasks
 from ddk_jax.training.build import Job
@@ -77,9 +78,10 @@ class Comparison:
     tokens: Int64[np.ndarray, "D"]
 
 
-def is_run(directory: Path) -> bool:
+def is_run(directory: AnyPath) -> bool:
     """Whether a directory is that of a run."""
-    return (directory / "config.yaml").is_file()
+    with bucket_errors(directory, "read"):
+        return (directory / "config.yaml").is_file()
 
 
 def open_model(path: str) -> TrainedModel:
@@ -89,8 +91,8 @@ def open_model(path: str) -> TrainedModel:
       UserError: it is neither, or holds a model that is not supported.
       StorageError: a file is missing or damaged.
     """
-    if is_run(resolve_path(path)):
-        return load_student(resolve_path(path))
+    if is_run(place := resolve_place(path)):
+        return load_student(place)
     dtype = compute_dtype("auto")
     mesh = Job(Config(mesh=_MESH)).mesh
     loaded = load_model(path, mesh, dtype=dtype, params_dtype=dtype)
@@ -103,7 +105,7 @@ def open_model(path: str) -> TrainedModel:
     )
 
 
-def load_student(run_dir: Path) -> TrainedModel:
+def load_student(run_dir: AnyPath) -> TrainedModel:
     """The student of a run's newest good checkpoint, float32; changes nothing in the directory.
 
     Raises:

@@ -33,12 +33,12 @@ from ddk_jax.data.sources.files import (
     file_size,
     inner_suffix,
     is_jsonl,
-    located,
     source_files,
 )
 from ddk_jax.data.sources.jsonl import read_rows
 from ddk_jax.data.sources.textfile import check_encoding, read_text
 from ddk_jax.errors import UserError
+from ddk_jax.places import resolve_place
 
 __all__ = [
     "Document",
@@ -179,7 +179,7 @@ def read_piece(piece: Piece, source: SourceConfig, field: str = "") -> Iterator[
     Raises:
         StorageError: the file cannot be read at all.
     """
-    file = SourceFile(piece.name, located(piece.location))
+    file = SourceFile(piece.name, resolve_place(piece.location))
     suffix = inner_suffix(file.path)
     if source.path.startswith(tfds_sets.PREFIX):
         yield from tfds_sets.read_rows(source, piece.start, piece.stop)

@@ -8,14 +8,12 @@ import io
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-from etils import epath
-
-from ddk_jax.config import SourceConfig, resolve_path
+from ddk_jax.config import SourceConfig
 from ddk_jax.data.sources.documents import Reject, Row
 from ddk_jax.errors import DataError, StorageError
+from ddk_jax.places import AnyPath, resolve_place
 
 JSONL_SUFFIXES = frozenset({".jsonl", ".ndjson"})
 TEXT_SUFFIXES = frozenset(
@@ -39,8 +37,6 @@ _BOM = b"\xef\xbb\xbf"
 _BLOCK = 2**20
 _UNPACKED = 2**16  # of a cut file, at most this much before the cut is lost
 
-AnyPath: TypeAlias = Path | epath.Path
-"""A file on this machine, or in a bucket."""
 T = TypeVar("T", bound=Row | Reject)
 
 
@@ -72,7 +68,7 @@ def source_files(source: SourceConfig) -> list[SourceFile]:
 
 def _found(source: SourceConfig) -> list[SourceFile]:
     head, pattern = _split_glob(source.path)
-    root = located(head)
+    root = resolve_place(head)
     if pattern:
         found = [path for path in sorted(root.glob(pattern)) if path.is_file()]
     elif root.is_dir():
@@ -89,11 +85,6 @@ def _found(source: SourceConfig) -> list[SourceFile]:
         if advice := _UNREAD.get(inner_suffix(path)):
             raise DataError(f"source {name}: {advice}")
     return files
-
-
-def located(path: str) -> AnyPath:
-    """Where a path of a source is: in a bucket if it names one."""
-    return epath.Path(path) if "://" in path else resolve_path(path)
 
 
 def is_jsonl(path: AnyPath) -> bool:

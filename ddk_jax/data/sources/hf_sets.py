@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ddk_jax.config import SourceConfig, resolve_path
+from ddk_jax.config import SourceConfig
 from ddk_jax.data.sources.documents import Reject, Row
-from ddk_jax.data.sources.files import AnyPath, SourceFile
+from ddk_jax.data.sources.files import SourceFile
 from ddk_jax.errors import DataError
+from ddk_jax.places import AnyPath, resolve_path
 
 PREFIX = "hf:"
 

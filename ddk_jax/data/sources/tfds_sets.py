@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from ddk_jax.config import SourceConfig, resolve_path
+from ddk_jax.config import SourceConfig
 from ddk_jax.data.sources.documents import Reject, Row
 from ddk_jax.data.sources.files import SourceFile
 from ddk_jax.errors import DataError
+from ddk_jax.places import resolve_path
 
 PREFIX = "tfds:"
 
