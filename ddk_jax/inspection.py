@@ -23,7 +23,8 @@ from ddk_jax.tasks.scores import TaskScore
 from ddk_jax.training.checkpoint_files import saved_steps, set_aside
 from ddk_jax.training.metrics import read_metrics
 from ddk_jax.training.pruning import Pruned
-from ddk_jax.training.trained import Comparison, Measurement, is_run
+from ddk_jax.training.rundir import is_run
+from ddk_jax.training.trained import Comparison, Measurement
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 

@@ -28,7 +28,7 @@ from ddk_jax.models.directory import (
     refuse_pickles,
     shard_names,
 )
-from ddk_jax.places import ASSETS, AnyPath, resolve_path, resolve_place, storage_errors
+from ddk_jax.places import ASSETS, AnyPath, resolve_place, storage_errors
 
 _log = logging.getLogger(__name__)
 
@@ -85,10 +85,8 @@ def resolve(path: str, revision: str = "") -> Resolved:
       UserError: there is no such directory, repository or revision, or no access to it.
       StorageError: the repository is not in the cache, and the hub cannot be reached.
     """
-    if "://" in path:
-        return Resolved(resolve_place(path))
-    directory = resolve_path(path)
-    if path.startswith(ASSETS) or directory.exists():
+    directory = resolve_place(path)
+    if not isinstance(directory, Path) or path.startswith(ASSETS) or directory.exists():
         return Resolved(directory)
     if not _ID.fullmatch(path):
         raise UserError(

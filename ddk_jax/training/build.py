@@ -42,12 +42,13 @@ from ddk_jax.parallel.mesh import (
     make_mesh,
     replicated,
 )
-from ddk_jax.places import bucket_errors, resolve_path, resolve_place
+from ddk_jax.places import resolve_path, resolve_place
 from ddk_jax.training.checkpoint import read_latest
 from ddk_jax.training.evaluate import DomainNats, Validation, cached
 from ddk_jax.training.loaded import TeacherSet, compute_dtype, data_tokenizer
 from ddk_jax.training.micro import Frozen, MicroLoss, Teachers
 from ddk_jax.training.optimizer import make_optimizer
+from ddk_jax.training.rundir import is_run
 from ddk_jax.training.state import (
     Batch,
     TrainState,
@@ -85,9 +86,8 @@ def trained_filters(run_dir: str, layers: tuple[int, ...], mesh: Mesh) -> Array:
       UserError: the run has no such term, has saved nothing, or filtered other layers.
     """
     directory = resolve_place(run_dir)
-    with bucket_errors(directory, "read"):
-        if not (directory / "config.yaml").is_file():
-            raise UserError(f"{run_dir}: not a run directory (no config.yaml)")
+    if not is_run(directory):
+        raise UserError(f"{run_dir}: not a run directory (no config.yaml)")
     job = Job(load_config(directory / "config.yaml"))
     terms = {t.name: t.loss for t in job.objective if isinstance(t.loss, StateTerm)}
     filters = {name: loss for name, loss in terms.items() if loss.of_labels}

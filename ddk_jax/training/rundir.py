@@ -16,7 +16,7 @@ import jax
 from ddk_jax import __version__
 from ddk_jax.config import Config, load_config, save_config
 from ddk_jax.errors import StorageError, UserError
-from ddk_jax.places import AnyPath
+from ddk_jax.places import AnyPath, bucket_errors
 from ddk_jax.plain import to_plain
 from ddk_jax.training.checkpoint_files import saved_steps, set_aside
 
@@ -40,6 +40,12 @@ FIXED = (
     "train.rows_per_step",
 )
 """What must not change within a run: the meaning of its state, its data order, its metrics."""
+
+
+def is_run(directory: AnyPath) -> bool:
+    """Whether a directory is that of a run."""
+    with bucket_errors(directory, "read"):
+        return (directory / "config.yaml").is_file()
 
 
 def open_run(

@@ -18,12 +18,13 @@ from ddk_jax.data.tokenize import Tokenizer, same_tokens
 from ddk_jax.errors import UserError
 from ddk_jax.losses.objective import Roles, make_term
 from ddk_jax.models.decoder import Decoder
-from ddk_jax.places import AnyPath, bucket_errors, resolve_path, resolve_place
+from ddk_jax.places import AnyPath, resolve_path, resolve_place
 from ddk_jax.tasks.examples import read_tasks
 from ddk_jax.tasks.scores import TaskScore, score_tasks
 from ddk_jax.training.build import Job
 from ddk_jax.training.checkpoint import read_latest
 from ddk_jax.training.loaded import compute_dtype, load_model
+from ddk_jax.training.rundir import is_run
 
 # Parameters and rows are both cut over all devices: the most memory that there is, for any number.
 _MESH = MeshConfig(data=1, fsdp=-1)
@@ -76,12 +77,6 @@ class Comparison:
     """Means over tokens: `cross_entropy` and `teacher_cross_entropy` on the labels, `forward_kl`,
     all in nats; `top_k_overlap`, the share of the teacher's 8 largest logits among the model's."""
     tokens: Int64[np.ndarray, "D"]
-
-
-def is_run(directory: AnyPath) -> bool:
-    """Whether a directory is that of a run."""
-    with bucket_errors(directory, "read"):
-        return (directory / "config.yaml").is_file()
 
 
 def open_model(path: str) -> TrainedModel:

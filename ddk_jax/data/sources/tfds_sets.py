@@ -17,7 +17,7 @@ from ddk_jax.config import SourceConfig
 from ddk_jax.data.sources.documents import Reject, Row
 from ddk_jax.data.sources.files import SourceFile
 from ddk_jax.errors import DataError
-from ddk_jax.places import resolve_path
+from ddk_jax.places import resolve_place
 
 PREFIX = "tfds:"
 
@@ -76,7 +76,7 @@ def _open(path: str, split: str, data_dir: str) -> tuple[Any, Any]:
     import tensorflow_datasets as tfds
 
     name = path.removeprefix(PREFIX)
-    folder = (data_dir if "://" in data_dir else str(resolve_path(data_dir))) if data_dir else None
+    folder = str(resolve_place(data_dir)) if data_dir else None
     try:
         builder = tfds.builder(name, data_dir=folder, try_gcs=False)
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
