@@ -9,11 +9,18 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import random
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 # Before anything imports jax. The expected values are those of a CPU in float32.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# The checks look at a random element of a sequence, in the threads of pipelines too. They get a
+# generator of their own: hypothesis takes a change of the shared one, while it draws, for a fault.
+with mock.patch.object(random, "getrandbits", random.Random(0).getrandbits):
+    import beartype  # noqa: F401
 
 from jaxtyping import install_import_hook
 

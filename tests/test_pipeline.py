@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -181,6 +182,15 @@ def test_any_mixture_of_any_domains_goes_through_every_document(data: st.DataObj
         )
         expected = np.delete(4000 * number + np.arange(offsets[-1]), offsets[:-1])
         assert predicted == expected.tolist()
+
+
+def test_threads_leave_the_shared_random_generator_alone() -> None:
+    """Neither the pipeline nor the checks of its types: hypothesis draws in another thread."""
+    before = random.getstate()
+    with closing(pipeline([0.5, 0.3, 0.2])) as source:
+        source.shortages([0.5, 0.3, 0.2], 100)
+        take(source, 4)
+    assert random.getstate() == before
 
 
 def test_each_epoch_is_another_permutation_whatever_the_weights() -> None:

@@ -179,7 +179,7 @@ class MixturePipeline(Iterator[tuple[HostBatch, PipelineState]]):
         )
 
     def close(self) -> None:
-        """Stop the threads. The pipeline cannot be used after this."""
+        """Stop the threads, each after the batch that it is making. Not to be used after this."""
         self._batches.close()
 
     def _go_to(self, row: int) -> None:
