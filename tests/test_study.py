@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ddk_jax.study.costs import RunCost, forward_flops, training_cost
 from ddk_jax.study.figures import weight_curves
 from ddk_jax.study.grid import Grid, Part, estimate
 from ddk_jax.study.page import write_page
-from ddk_jax.study.plan import load_study
+from ddk_jax.study.plan import Cell, Study, load_study
 from ddk_jax.study.results import (
     Measured,
     Result,
@@ -331,33 +331,70 @@ def test_parts_share_the_cells(tiny_root: Path, tmp_path: Path) -> None:
             Part.parse(text)
 
 
-def test_a_cell_that_another_process_holds_is_looked_at_later(
-    tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    study = changed(tiny_root, tmp_path, seeds=[0, 1])
-    ran, naps = [], []
-    held = {("kd", 0)}
+def simulate(monkeypatch: pytest.MonkeyPatch, nap: Callable[[float], None]) -> list[Any]:
+    """Cells get a result without running, and waiting is `nap`. Returns what was run, in order."""
+    ran = []
 
-    def run_cell(study: Any, cell: Any) -> Result:
-        if (cell.method, cell.seed) in held:
-            raise RunHeldError("held")
+    def run_cell(study: Study, cell: Cell) -> Result:
         ran.append((cell.method, cell.seed))
-        made = result(cell.method, cell.seed, cell.rate)
-        return replace(made, digest=result_digest(study, cell))
-
-    def nap(seconds: float) -> None:
-        naps.append(seconds)
-        held.clear()
+        return result_of(study, cell)
 
     monkeypatch.setattr(grid_module, "run_cell", run_cell)
     monkeypatch.setattr(grid_module, "measure_untouched", lambda study: measured(2.0))
     monkeypatch.setattr(grid_module.time, "sleep", nap)
+    return ran
+
+
+def result_of(study: Study, cell: Cell) -> Result:
+    made = result(cell.method, cell.seed, cell.rate)
+    return replace(made, digest=result_digest(study, cell))
+
+
+def test_a_cell_that_another_process_holds_is_looked_at_later(
+    tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = changed(tiny_root, tmp_path, seeds=[0, 1])
+    naps = []
+    held = RunLease(study.cell("kd", 0).directory)
+
+    def nap(seconds: float) -> None:
+        naps.append(seconds)
+        held.__exit__(None, None, None)
+
+    ran = simulate(monkeypatch, nap)
+    held.__enter__()
     first = Grid(study, Part(0, 2))
     assert len(first.run()) == 2 and ran == [("kd", 1), ("kd", 0)] and len(naps) == 1
     # The rest is for the others; a call without a part takes it.
     assert len(Grid(study).run()) == 4 and ran[2:] == [("ddk", 0), ("ddk", 1)]
     # The results of another study are not those of this one.
     assert not Grid(changed(tiny_root, tmp_path, seeds=[0, 1], rows_per_domain=5)).done()
+
+
+def test_what_another_process_has_finished_meanwhile_is_taken(
+    tiny_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is held until it is measured, and the untouched student likewise."""
+    study = changed(tiny_root, tmp_path)
+    cell = study.cell("kd", 0)
+    leases = [RunLease(study.directory), RunLease(cell.directory)]
+    left = iter(leases)
+
+    def nap(seconds: float) -> None:
+        write_json(measured(3.0), study.untouched)
+        lease = next(left)
+        if lease is leases[1]:
+            write_json(result_of(study, cell), cell.directory / grid_module.RESULT)
+        lease.__exit__(None, None, None)
+
+    ran = simulate(monkeypatch, nap)
+    for lease in leases:
+        lease.__enter__()
+    assert len(Grid(study).run()) == 2 and ran == [("ddk", 0)]
+    assert read_json(Measured, study.untouched) == measured(3.0)
+    # As if it had come between the look for results and the lease.
+    Grid(study)._try(cell)
+    assert ran == [("ddk", 0)] and not list(study.directory.rglob("run.lock"))
 
 
 def test_a_run_that_is_held_says_so_at_once(tiny_root: Path, tmp_path: Path) -> None:

@@ -33,12 +33,16 @@ from ddk_jax.study.results import (
 from ddk_jax.study.tables import mean_gap
 from ddk_jax.training.build import Job
 from ddk_jax.training.export import export_run
+from ddk_jax.training.lease import RunLease
 from ddk_jax.training.loop import RunSummary, train
 from ddk_jax.training.rundir import SUMMARY
 
 _log = logging.getLogger(__name__)
 
+RESULT = "result.json"
+"""Of one cell, in its directory."""
 RESULTS = "results.json"
+"""Of the study."""
 POLL_SECONDS = 30.0
 """Time between two looks at what another process holds."""
 
@@ -115,10 +119,14 @@ class Grid:
         # A result unlocks further cells, so look until no more are known.
         for _ in range(3):
             for cell in self.plan(found):
-                result = read_json(Result, cell.directory / "result.json")
-                if result is not None and result.digest == result_digest(self.study, cell):
+                if (result := self._result(cell)) is not None:
                     found[cell.key] = result
         return found
+
+    def _result(self, cell: Cell) -> Result | None:
+        found: Result | None = read_json(Result, cell.directory / RESULT)
+        is_ours = found is not None and found.digest == result_digest(self.study, cell)
+        return found if is_ours else None
 
     def run(self) -> dict[Key, Result]:
         """Run all cells of our part, and return what is there at the end.
@@ -127,8 +135,7 @@ class Grid:
           Stopped: told to stop.
           UserError and its kinds: from a run; the same call continues.
         """
-        self._first()
-        self._untouched()
+        self._prepare()
         while True:
             done = self.done()
             cells = self.plan(done)
@@ -141,8 +148,7 @@ class Grid:
             if not any(self._try(cell) for cell in ours):
                 if not ours and self._is_last(cells):
                     return done
-                _log.info("waiting for runs of other processes")
-                time.sleep(POLL_SECONDS)
+                _wait()
 
     def _is_last(self, cells: list[Cell]) -> bool:
         """Whether no results of others can give us more to do."""
@@ -155,22 +161,29 @@ class Grid:
     def _try(self, cell: Cell) -> bool:
         """Run a cell; False if another process holds it."""
         try:
-            write_json(run_cell(self.study, cell), cell.directory / "result.json")
+            # A run's own lease ends with it; this one covers exports and the measurement too.
+            with RunLease(cell.directory):
+                if self._result(cell) is None:
+                    write_json(run_cell(self.study, cell), cell.directory / RESULT)
         except RunHeldError as held:
             _log.info("%s", held)
             return False
         return True
 
-    def _first(self) -> None:
-        for path in self.study.config.first:
-            config = load_config(resolve_path(path))
-            while not _is_exported(config):
-                try:
-                    _finish(config)
-                    _export(config)
-                except RunHeldError as held:
-                    _log.info("%s", held)
-                    time.sleep(POLL_SECONDS)
+    def _prepare(self) -> None:
+        """Do what comes before all cells, unless it is done; other processes wait for it."""
+        configs = [load_config(resolve_path(path)) for path in self.study.config.first]
+        while not all(map(_is_exported, configs)) or not read_json(Measured, self.study.untouched):
+            try:
+                with RunLease(self.study.directory):
+                    for config in configs:
+                        if not _is_exported(config):
+                            _finish(config)
+                            _export(config)
+                    self._untouched()
+            except RunHeldError as held:
+                _log.info("%s", held)
+                _wait()
 
     def _untouched(self) -> Measured:
         path = self.study.untouched
@@ -271,6 +284,11 @@ def run_cell(study: Study, cell: Cell) -> Result:
         _log.warning("%s", error)
         return diverged(study, cell)
     return measure_cell(study, cell, run_cost(last.config, stages=spent), seconds)
+
+
+def _wait() -> None:
+    _log.info("waiting for another process")
+    time.sleep(POLL_SECONDS)
 
 
 def _finish(config: Config) -> RunSummary:
