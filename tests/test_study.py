@@ -570,6 +570,12 @@ def test_tables_say_what_the_results_are(tmp_path: Path) -> None:
     assert found["Measures"].note.startswith("Means over the seeds 0, 1, with")
     assert measures_table(replace(results, seeds=(0,))).note.startswith("Seed 0. ")
     assert [row[1] for row in found["Other learning rates"].rows] == ["0.1", "0.2"]
+    # Untouched, kd and ddk over two seeds, teacher: nats per token of the second domain.
+    nats = (6.0, 4.1, 3.7, 2.0)
+    row = found["Perplexity by domain"].rows[1]
+    assert row == ("prose", "0.200", *(f"{math.exp(x):,.2f}" for x in nats))
+    row = found["Bits per byte by domain"].rows[1]
+    assert row == ("prose", "0.200", *(f"{x / 2 / math.log(2):.4f}" for x in nats))
     page = write_page(results, tmp_path)
     assert "Differences to kd" in page.read_text() and (tmp_path / "gaps.svg").is_file()
     # Results survive their file, what is missing included.

@@ -50,8 +50,12 @@ def worst_gap(measured: Measured) -> float:
 
 def bits_per_byte(measured: Measured) -> float:
     """Mean over the domains of the bits that a byte of text takes."""
-    each = np.array(measured.nats) / math.log(2) / np.array(measured.bytes_per_token)
-    return float(np.mean(each))
+    return float(np.mean(_bits(np.array(measured.nats), measured)))
+
+
+def _bits(nats: np.ndarray, measured: Measured) -> np.ndarray:
+    """[D] bits per byte from [D] nats per token."""
+    return nats / math.log(2) / np.array(measured.bytes_per_token)
 
 
 def closed(measured: Measured, results: StudyResults) -> float:
@@ -101,7 +105,7 @@ def shown_methods(results: StudyResults) -> list[str]:
 def tables(results: StudyResults) -> list[Table]:
     """All tables that the results fill."""
     found = [measures_table(results), differences_table(results)]
-    found += [cost_table(results), perplexity_table(results)]
+    found += [cost_table(results), perplexity_table(results), bits_table(results)]
     found += [axis_table(results, axis) for axis in results.axes]
     found.append(rates_table(results))
     return [table for table in found if table.rows]
@@ -189,19 +193,33 @@ def cost_table(results: StudyResults) -> Table:
 
 def perplexity_table(results: StudyResults) -> Table:
     """Validation perplexity by domain."""
+    header, rows = _by_domain(results, np.exp, ",.2f")
+    return Table("Perplexity by domain", "exp of the mean nats over the seeds.", header, rows)
+
+
+def bits_table(results: StudyResults) -> Table:
+    """Bits per byte of the validation text by domain."""
+    header, rows = _by_domain(results, lambda nats: _bits(nats, results.untouched), ".4f")
+    return Table("Bits per byte by domain", "Means over the seeds.", header, rows)
+
+
+def _by_domain(
+    results: StudyResults, of: Callable[[np.ndarray], np.ndarray], style: str
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of what follows from the mean nats [D] of every method."""
     methods = shown_methods(results)
-    columns = [list(results.untouched.nats)]
+    columns = [np.array(results.untouched.nats)]
     for method in methods:
         found = [r.measured.nats for r in results.of(method) if r and r.measured]
-        missing = [math.nan] * len(results.domains)
-        columns.append(list(np.mean(found, axis=0)) if found else missing)
-    columns.append(list(results.untouched.teacher_nats))
+        missing = np.full(len(results.domains), math.nan)
+        columns.append(np.mean(found, axis=0) if found else missing)
+    columns.append(np.array(results.untouched.teacher_nats))
+    table = np.transpose([of(column) for column in columns])
     rows: list[tuple[str, ...]] = [
-        (domain, f"{share:.3f}", *(number(math.exp(column[i]), ",.2f") for column in columns))
-        for i, (domain, share) in enumerate(zip(results.domains, results.prior, strict=True))
+        (domain, f"{share:.3f}", *(number(float(value), style) for value in row))
+        for domain, share, row in zip(results.domains, results.prior, table, strict=True)
     ]
-    header = ("domain", "prior", UNTOUCHED, *methods, TEACHER)
-    return Table("Perplexity by domain", "exp of the mean nats over the seeds.", header, rows)
+    return ("domain", "prior", UNTOUCHED, *methods, TEACHER), rows
 
 
 def axis_table(results: StudyResults, axis: str) -> Table:
