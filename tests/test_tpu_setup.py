@@ -338,7 +338,14 @@ def test_an_interrupt_ends_what_runs_on_several_slices(cloud):
     cloud.set(SLICES="2")
     line = f"echo $$ >>{cloud.world}/pids; exec sleep 60"
     (cloud.world / "bin/gcloud").write_text(f"#!/bin/sh\n{line}\n")
-    command = [cloud.setup / "logs.sh", "--env", cloud.world / "env", "--follow"]
+    # As from a terminal: tests that a shell started in the background inherit a SIGINT that is
+    # ignored, and a script cannot trap one of those.
+    code = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    script = [cloud.setup / "logs.sh", "--env", cloud.world / "env", "--follow"]
+    command = [sys.executable, "-c", code, *script]
     process = subprocess.Popen(command, env=cloud.env, stdin=subprocess.DEVNULL)
     pids = cloud.world / "pids"
     wait_for(lambda: pids.exists() and len(pids.read_text().split()) == 2)
